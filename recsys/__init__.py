@@ -1,0 +1,13 @@
+"""Next-item recommendation: sequences as tensors, models, losses, metrics, retrieval, and the published artifact.
+
+Tensors carry their axes in their names, one letter an axis:
+
+    B  sequences in a batch        I  catalogue rows (padding and mask included)
+    L  positions                   K  results
+    D  model width                 T  packed tokens
+    H  heads                       M  scored positions
+    N  negatives                   F  context fields
+    U  users
+
+An `item_id` is the shop's own key; an `item` is its dense index in the catalogue.
+"""

@@ -1,0 +1,23 @@
+"""What can go wrong in the library.
+
+    RecsysError
+    ├── CatalogueError   a catalogue is empty or does not belong to these weights
+    ├── ArtifactError    a published artifact is incomplete, altered, or of another format
+    └── TrainingError    a run cannot start or go on (no trainable sequence, loss not finite)
+"""
+
+
+class RecsysError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class CatalogueError(RecsysError):
+    """The catalogue cannot serve."""
+
+
+class ArtifactError(RecsysError):
+    """The artifact cannot be trusted."""
+
+
+class TrainingError(RecsysError):
+    """Training cannot start or go on."""
