@@ -37,7 +37,9 @@ def _hash_strings(ids: pa.Array) -> np.ndarray:
     # Each distinct string is hashed once, and all of them together: one pass a byte position.
     encoded = pc.dictionary_encode(ids)
     words = encoded.dictionary.cast(pa.binary())
-    offsets = np.frombuffer(words.buffers()[1], np.int32)[words.offset : words.offset + len(words) + 1]
+    offsets = np.frombuffer(words.buffers()[1], np.int32)[
+        words.offset : words.offset + len(words) + 1
+    ]
     data = words.buffers()[2]
     octets = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     starts, lengths = offsets[:-1], np.diff(offsets)

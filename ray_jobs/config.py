@@ -1,19 +1,25 @@
 """One file describes one data set's whole road; each job reads its own section.
 
-Paths may use environment variables. `NEXTITEM_HOME` (default `~/nextitem`) is where everything is written,
-`NEXTITEM_DATA` (default `../shared/data` where that folder exists) is where raw data sets are found.
+Paths may use environment variables. `NEXTITEM_HOME` (default `~/nextitem`) is where everything is
+written, `NEXTITEM_DATA` (default `../shared/data` where that folder exists) is where raw data sets
+are found.
 """
 
 import os
 import re
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from data_lake.sources import IngestConfig
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.sequences import SequencesConfig
-from data_lake.sources import IngestConfig
 from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
+from recsys.context import ContextConfig
+from recsys.recipe import read_recipe
+from recsys.splits import SplitConfig
+from recsys.trainer import TrainerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -45,6 +51,73 @@ class StorageConfig(Section):
         return f"{expand(self.root)}/registry"
 
 
+class TrainConfig(Section):
+    """A recipe, what it reads, and where it runs."""
+
+    recipe: str = "bert4rec"
+    """One of the recipes that come with `recsys`."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Single values of the recipe, e.g. `[train.overrides.model] dim = 128`."""
+    context: ContextConfig = ContextConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    name: str | None = None
+    """Name of the run; a run that was killed goes on when it is started with its name again."""
+    num_workers: int = Field(2, ge=1)
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU for each worker where the cluster has that many."""
+    cpus_per_worker: float = Field(1, gt=0)
+    max_failures: int = Field(2, ge=0)
+    """Times that a lost worker is replaced and training goes on from its last checkpoint."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _fit_the_recipe(cls, overrides: dict[str, Any], info: Any) -> dict[str, Any]:
+        if "recipe" in info.data:
+            read_recipe(info.data["recipe"], overrides)
+        return overrides
+
+
+class EvaluateConfig(Section):
+    """What is ranked, and against which baselines."""
+
+    run: str | None = None
+    """Name of a finished run; the newest one by default."""
+    filter_seen: bool = True
+    """Whether items of the user's history are left out of the ranking."""
+    max_users: int = Field(20_000, ge=1)
+    """At most so many users, a seeded sample, are ranked."""
+    baselines: tuple[str, ...] = (
+        "popularity",
+        "recent-popularity",
+        "covisitation",
+        "item-knn",
+        "als",
+        "ease",
+    )
+    recent_days: float = Field(7, gt=0)
+    """recent-popularity: days before the end of training that count."""
+
+
+class PublishConfig(Section):
+    """What must hold before a version serves."""
+
+    run: str | None = None
+    """Name of an evaluated run; the newest one by default."""
+    must_beat_baselines: bool = True
+    """Refuses a model whose NDCG@10 is not above that of every baseline."""
+    history_events: int = Field(50, ge=1)
+    """Most recent events of each user that are handed to serving with the artifact."""
+
+
+class ServeConfig(Section):
+    """Where the endpoint listens and what it may cost."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    deadline_ms: float = Field(70, gt=0)
+    """A request that the model has not answered by then is answered by the next rung."""
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -55,6 +128,11 @@ class PipelineConfig(Section):
     generate: ShopConfig | None = None
     ingest: IngestConfig
     sequences: SequencesConfig = SequencesConfig()
+    split: SplitConfig = SplitConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+    serve: ServeConfig = ServeConfig()
 
 
 def expand(path: str) -> str:
@@ -69,7 +147,9 @@ def expand(path: str) -> str:
     expanded = os.path.expandvars(path)
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset:
-        raise ConfigError(f"{path!r} needs the environment variable {unset[1]}, which is not set; set it to a folder.")
+        raise ConfigError(
+            f"{path!r} needs the environment variable {unset[1]}, which is not set; set it to a folder."
+        )
     if "://" in expanded:
         return expanded.rstrip("/")
     return str(Path(expanded).expanduser().resolve())

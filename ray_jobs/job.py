@@ -1,6 +1,6 @@
 """What every job shares: its command line, its configuration, and how it ends.
 
-    python -m ray_jobs.<job> --config ray_jobs/configs/synthetic.toml --set train.max_epochs=3 --dry-run
+python -m ray_jobs.<job> --config ray_jobs/configs/synthetic.toml --set train.max_epochs=3 --dry-run
 """
 
 import argparse
@@ -44,10 +44,16 @@ class Report:
         return json.dumps({"job": self.job, "headline": self.headline, **self.figures}, default=str)
 
 
-def main(run: Callable[[PipelineConfig], Report], *, job: str, argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, connects to Ray, runs the job and exits: 0 done, 1 failed, 2 wrong arguments."""
+def main(
+    run: Callable[[PipelineConfig], Report], *, job: str, argv: Sequence[str] | None = None
+) -> None:
+    """Parses the command line, connects to Ray, runs the job and exits: 0 done, 1 failed, 2 wrong
+    arguments.
+    """
     arguments = parse_arguments(job, run.__module__, argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     try:
         config = load_config(arguments.config, arguments.set)
     except ConfigError as error:
@@ -69,11 +75,26 @@ def parse_arguments(job: str, module: str, argv: Sequence[str] | None) -> argpar
     """The three options that every job has."""
     description = (sys.modules[module].__doc__ or "").strip()
     parser = argparse.ArgumentParser(
-        prog=f"python -m ray_jobs.{job}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m ray_jobs.{job}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a TOML file, or the name of one that comes with the package: " + ", ".join(builtin_configs()))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, e.g. train.max_epochs=3; repeatable")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and start nothing")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="a TOML file, or the name of one that comes with the package: "
+        + ", ".join(builtin_configs()),
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, e.g. train.max_epochs=3; repeatable",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and start nothing"
+    )
     return parser.parse_args(argv)
 
 
@@ -83,15 +104,19 @@ def builtin_configs() -> list[str]:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Reads a TOML file, applies `key=value` overrides and validates; names every wrong key at once.
+    """Reads a TOML file, applies `key=value` overrides and validates; names every wrong key at
+    once.
 
-    Raises: ConfigError when the file is missing, is not TOML, or has a key or a value that does not fit.
+    Raises: ConfigError when the file is missing, is not TOML, or has a key or a value that does not
+        fit.
     """
     path = CONFIGS / f"{name}.toml" if name in builtin_configs() else Path(name)
     try:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"There is no configuration {name!r}; give a path, or one of: {', '.join(builtin_configs())}.") from None
+        raise ConfigError(
+            f"There is no configuration {name!r}; give a path, or one of: {', '.join(builtin_configs())}."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
 
@@ -100,7 +125,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(raw)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        wrong = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
         raise ConfigError(f"{path} does not fit: {wrong}.") from None
 
 

@@ -1,4 +1,5 @@
-"""Next-item recommendation: sequences as tensors, models, losses, metrics, retrieval, and the published artifact.
+"""Next-item recommendation: sequences as tensors, models, losses, metrics, retrieval, and the
+published artifact.
 
 Tensors carry their axes in their names, one letter an axis:
 

@@ -1,9 +1,9 @@
 """What can go wrong in the library.
 
-    RecsysError
-    ├── CatalogueError   a catalogue is empty or does not belong to these weights
-    ├── ArtifactError    a published artifact is incomplete, altered, or of another format
-    └── TrainingError    a run cannot start or go on (no trainable sequence, loss not finite)
+RecsysError
+├── CatalogueError   a catalogue is empty or does not belong to these weights
+├── ArtifactError    a published artifact is incomplete, altered, or of another format
+└── TrainingError    a run cannot start or go on (nothing to train on, loss not finite)
 """
 
 

@@ -1,0 +1,272 @@
+"""Delta tables of the lake: created once, written by many tasks, committed once a run.
+
+A task writes Parquet files (`write_part`) and hands back what the log must say of them; one process
+commits all of them together (`commit_parts`). Until then no reader sees a row.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction
+
+from data_lake.buckets import bucket_of
+from data_lake.errors import ConflictError, TableError
+from data_lake.schemas import PARTITION
+
+_NUM_BUCKETS = "nextitem.numBuckets"
+_STATISTICS = ("timestamp", "user_id", "item_id")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One written Parquet file, not committed yet."""
+
+    path: str
+    """Relative to the table."""
+    num_rows: int
+    size_bytes: int
+    bucket: int | None
+    written_at_ms: int
+    stats: str
+    """Statistics as the Delta log wants them, JSON."""
+
+    def add_action(self) -> AddAction:
+        values = {} if self.bucket is None else {PARTITION: str(self.bucket)}
+        return AddAction(self.path, self.size_bytes, values, self.written_at_ms, True, self.stats)
+
+
+def table_uri(lake_uri: str, name: str) -> str:
+    """Where a table of the lake lies."""
+    return f"{lake_uri.rstrip('/')}/{name}"
+
+
+def table_exists(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> bool:
+    """Whether the table was created."""
+    return DeltaTable.is_deltatable(table_uri(lake_uri, name), dict(options or {}))
+
+
+def open_table(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> DeltaTable:
+    """The newest version of a table. Raises: TableError when there is none."""
+    try:
+        return DeltaTable(table_uri(lake_uri, name), storage_options=dict(options or {}))
+    except TableNotFoundError:
+        job = "build_sequences" if name == "sequences" else "ingest"
+        raise TableError(
+            f"There is no table {name!r} in {lake_uri}; run ray_jobs.{job} first."
+        ) from None
+
+
+def create_table(
+    lake_uri: str,
+    name: str,
+    schema: pa.Schema,
+    options: Mapping[str, str] | None = None,
+    *,
+    num_buckets: int | None = None,
+) -> DeltaTable:
+    """Creates a table unless it exists; `num_buckets` makes it partitioned by user_bucket.
+
+    Raises: TableError when it exists with other columns or another number of buckets.
+    """
+    uri = table_uri(lake_uri, name)
+    if not uri.startswith(("s3://", "gs://", "az://")):
+        pafs.LocalFileSystem().create_dir(uri.removeprefix("file://"), recursive=True)
+    table = DeltaTable.create(
+        uri,
+        schema=schema,
+        mode="ignore",
+        partition_by=[PARTITION] if num_buckets else None,
+        description=json.dumps({_NUM_BUCKETS: num_buckets}),
+        storage_options=dict(options or {}),
+    )
+    _check_same(table, name, schema, num_buckets)
+    return table
+
+
+def num_buckets_of(table: DeltaTable) -> int:
+    """Into how many buckets the users of a table are spread. Raises: TableError if into none."""
+    description = table.metadata().description
+    number = json.loads(description).get(_NUM_BUCKETS) if description else None
+    if number is None:
+        raise TableError(f"{table.table_uri} is not bucketed by user; ingest it with num_buckets.")
+    return int(number)
+
+
+def write_part(
+    lake_uri: str,
+    name: str,
+    rows: pa.Table,
+    bucket: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Part:
+    """Writes rows as one Parquet file of a table, without committing it; runs anywhere.
+
+    The partition column is left out of the file, as Delta wants it.
+    """
+    filesystem, root = _filesystem(table_uri(lake_uri, name), options)
+    folder = "" if bucket is None else f"{PARTITION}={bucket}/"
+    path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
+    if PARTITION in rows.column_names:
+        rows = rows.drop_columns([PARTITION])
+    if folder:
+        filesystem.create_dir(f"{root}/{folder}", recursive=True)
+    pq.write_table(rows, f"{root}/{path}", filesystem=filesystem, compression="zstd")
+    size = filesystem.get_file_info(f"{root}/{path}").size
+    return Part(path, rows.num_rows, size, bucket, int(time.time() * 1000), _statistics(rows))
+
+
+def commit_parts(
+    table: DeltaTable,
+    parts: Sequence[Part],
+    *,
+    mode: Literal["append", "overwrite"] = "append",
+    metadata: Mapping[str, str] | None = None,
+    transactions: Sequence[tuple[str, int]] = (),
+) -> int:
+    """Makes parts visible in one commit, and returns the table's new version.
+
+    Raises: ConflictError when another writer got in the way of an overwrite.
+    """
+    properties = CommitProperties(
+        custom_metadata=dict(metadata or {}),
+        app_transactions=[Transaction(app_id, version) for app_id, version in transactions],
+    )
+    try:
+        table.create_write_transaction(
+            actions=[part.add_action() for part in parts],
+            mode=mode,
+            schema=table.schema(),
+            partition_by=table.metadata().partition_columns or None,
+            commit_properties=properties,
+        )
+    except CommitFailedError as error:
+        raise ConflictError(
+            f"Another job changed {table.table_uri} at the same time ({error}); run this one again."
+        ) from error
+    table.update_incremental()
+    return table.version()
+
+
+def has_transaction(table: DeltaTable, app_id: str) -> bool:
+    """Whether a commit with this application id has landed."""
+    return table.transaction_version(app_id) is not None
+
+
+def files_by_bucket(table: DeltaTable) -> dict[int, list[str]]:
+    """URIs of the files of each bucket that has any."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    root = table.table_uri.rstrip("/")
+    found: dict[int, list[str]] = {}
+    for path, bucket in zip(
+        actions["path"].to_pylist(), actions[f"partition.{PARTITION}"].to_pylist(), strict=True
+    ):
+        found.setdefault(int(bucket), []).append(f"{root}/{path}")
+    return {bucket: sorted(found[bucket]) for bucket in sorted(found)}
+
+
+def bucket_files(table: DeltaTable, bucket: int) -> list[str]:
+    """URIs of one bucket's files."""
+    return files_by_bucket(table).get(bucket, [])
+
+
+def read_files(
+    files: Sequence[str],
+    columns: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> pa.Table:
+    """Rows of Parquet files of one table, in the order of the files; columns of the files only."""
+    tables = []
+    for uri in files:
+        filesystem, path = _filesystem(uri, options)
+        wanted = None if columns is None else list(columns)
+        tables.append(pq.ParquetFile(filesystem.open_input_file(path)).read(wanted))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
+    """A small table as a whole, the partition column included."""
+    return table.to_pyarrow_table(columns=None if columns is None else list(columns))
+
+
+def upsert(table: DeltaTable, rows: pa.Table, key: str) -> dict[str, Any]:
+    """Inserts rows, and replaces those whose key is there; the last of equal keys wins.
+
+    A bucketed table gets its buckets here. Returns what was inserted and updated.
+    """
+    rows = _last_of_each(rows, key)
+    if table.metadata().partition_columns:
+        buckets = bucket_of(rows[key], num_buckets_of(table))
+        rows = rows.append_column(pa.field(PARTITION, pa.int32()), pa.array(buckets))
+    merged = (
+        table.merge(
+            rows,
+            predicate=f"target.{key} = source.{key}",
+            source_alias="source",
+            target_alias="target",
+        )
+        .when_matched_update_all()
+        .when_not_matched_insert_all()
+        .execute()
+    )
+    table.update_incremental()
+    return dict(merged)
+
+
+def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
+    codes = pc.dictionary_encode(rows[key].combine_chunks()).indices.to_numpy(zero_copy_only=False)
+    last = np.zeros(int(codes.max(initial=-1)) + 1, np.int64)
+    last[codes] = np.arange(len(codes))
+    return rows.take(pa.array(np.sort(last)))
+
+
+def _check_same(table: DeltaTable, name: str, schema: pa.Schema, num_buckets: int | None) -> None:
+    existing = pa.schema(table.schema())
+    for column in ("user_id", "item_id"):
+        if column in schema.names and existing.field(column).type != schema.field(column).type:
+            raise TableError(
+                f"The table {name!r} has {column} as {existing.field(column).type}, not "
+                f"{schema.field(column).type}; keep its id type or use a new storage.root."
+            )
+    if num_buckets is not None and num_buckets_of(table) != num_buckets:
+        raise TableError(
+            f"The table {name!r} has {num_buckets_of(table)} buckets, not {num_buckets}; the number "
+            "is fixed when a table is created."
+        )
+
+
+def _statistics(rows: pa.Table) -> str:
+    lowest, highest, nulls = {}, {}, {}
+    for name in _STATISTICS:
+        if name in rows.column_names and rows.num_rows:
+            bounds = pc.min_max(rows[name]).as_py()
+            lowest[name], highest[name] = _as_json(bounds["min"]), _as_json(bounds["max"])
+            nulls[name] = rows[name].null_count
+    return json.dumps(
+        {
+            "numRecords": rows.num_rows,
+            "minValues": lowest,
+            "maxValues": highest,
+            "nullCount": nulls,
+        }
+    )
+
+
+def _as_json(value: Any) -> Any:
+    return value.isoformat().replace("+00:00", "Z") if hasattr(value, "isoformat") else value
+
+
+def _filesystem(uri: str, options: Mapping[str, str] | None) -> tuple[pafs.FileSystem, str]:
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), uri
+    return pafs.FileSystem.from_uri(uri)

@@ -1,0 +1,157 @@
+"""The whole road in one command: raw events to an HTTP recommendation, on a Ray of its own.
+
+    python -m ray_jobs.demo --data synthetic          (or: make demo)
+
+Leaves the server up until Ctrl-C; with --exit it stops at the end. Exits non-zero when a stage fell
+short: a failed job, a model below a baseline, or an answer that was late, wrong or empty.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+
+from data_lake.errors import LakeError
+from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
+from ray_jobs.config import PipelineConfig
+from ray_jobs.datasets import ensure_dataset
+from ray_jobs.errors import ConfigError, JobError
+from ray_jobs.http_checks import Check, check_endpoint, example_user
+from ray_jobs.job import Report, builtin_configs, load_config
+from ray_jobs.runs import open_run
+from recsys.errors import RecsysError
+
+_OBJECT_STORE_BYTES = 1_000_000_000
+_Stage = tuple[str, Callable[[PipelineConfig], Report]]
+
+ROAD: tuple[_Stage, ...] = (
+    ("events into the Delta lake", ingest.run),
+    ("events into sequences, with Ray Data", build_sequences.run),
+    ("a model, with Ray Train", train.run),
+    ("the model against the baselines", evaluate.run),
+    ("an artifact that serving can trust", publish.run),
+    ("every user's recent events for serving", materialize.run),
+    ("the endpoint, with Ray Serve", serve.run),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses, runs, serves and exits."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        # A model that loses to a baseline is shown and counted as a shortfall, not hidden.
+        fixed = [f"serve.port={arguments.port}", "publish.must_beat_baselines=false"]
+        config = load_config(arguments.data, [*fixed, *arguments.set])
+        ensure_dataset(arguments.data)
+        start_ray()
+        shortfalls = run_demo(config, serve_only=arguments.serve_only)
+        wait_or_exit(arguments.exit, shortfalls)
+    except (LakeError, RecsysError, JobError, OSError) as error:
+        print(f"\ndemo failed: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    finally:
+        ray.shutdown()
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of the demo."""
+    parser = argparse.ArgumentParser(prog="make demo", description="Raw events to HTTP answers.")
+    parser.add_argument("--data", default="synthetic", choices=builtin_configs())
+    parser.add_argument("--port", type=int, default=8000, help="of the endpoint (default 8000)")
+    parser.add_argument("--exit", action="store_true", help="stop at the end, with a verdict")
+    parser.add_argument("--serve-only", action="store_true", help="serve what was published before")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args(argv)
+
+
+def start_ray() -> None:
+    """A Ray of our own on this machine. Raises: JobError when memory does not allow it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    try:
+        context = ray.init(
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=True,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
+    except ValueError as error:
+        raise JobError(
+            f"Ray did not start: {error}. The demo's object store needs "
+            f"{_OBJECT_STORE_BYTES / 1e9:.0f} GB of memory; close other programs."
+        ) from None
+    print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
+
+
+def run_demo(config: PipelineConfig, *, serve_only: bool = False) -> list[str]:
+    """All stages and the HTTP checks; returns what fell short, a sentence each."""
+    stages = ROAD[-1:] if serve_only else ROAD
+    if config.generate is not None and not serve_only:
+        stages = (("a synthetic shop", generate.run), *stages)
+    started = time.perf_counter()
+    reports = {}
+    for number, (title, run) in enumerate(stages, start=1):
+        report = _run_stage(f"[{number}/{len(stages)}] {title}", run, config)
+        reports[report.job] = report
+
+    print("\nReal requests", flush=True)
+    checks = check_endpoint(config)
+    for check in checks:
+        print(f"  {'ok ' if check.passed else 'NOT'}  {check.title}: {check.seen}", flush=True)
+    if not serve_only:
+        print("\n" + open_run(config, None).evaluation()["table"])
+    print(f"\nAll stages: {time.perf_counter() - started:.0f} s")
+    print(_curl_lines(config), flush=True)
+    return _shortfalls(reports, checks)
+
+
+def wait_or_exit(stop: bool, shortfalls: list[str]) -> None:
+    """Prints the verdict; then exits with it, or serves until Ctrl-C."""
+    for shortfall in shortfalls:
+        print(f"FELL SHORT: {shortfall}", flush=True)
+    if not shortfalls:
+        print("Every stage did what it should.", flush=True)
+    if stop:
+        raise SystemExit(1 if shortfalls else 0)
+    print("Serving until Ctrl-C.", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("\nstopped")
+
+
+def _run_stage(
+    title: str, run: Callable[[PipelineConfig], Report], config: PipelineConfig
+) -> Report:
+    print(f"\n{title}", flush=True)
+    started = time.perf_counter()
+    report = run(config)
+    print(f"{report.text()}\n  ({time.perf_counter() - started:.1f} s)", flush=True)
+    return report
+
+
+def _shortfalls(reports: dict[str, Report], checks: list[Check]) -> list[str]:
+    found = [f"{check.title}: {check.seen}" for check in checks if not check.passed]
+    if "evaluate" in reports and not reports["evaluate"].figures["beats_all_baselines"]:
+        found.insert(0, "the model does not beat every baseline on NDCG@10")
+    return found
+
+
+def _curl_lines(config: PipelineConfig) -> str:
+    url = f"http://{config.serve.host}:{config.serve.port}"
+    example = example_user(config)
+    bodies = ({"user_id": example.user_id, "top_k": 5}, {"user_history": example.item_ids})
+    header = "-H 'content-type: application/json'"
+    posts = [f"  curl -s {url}/v1/recommend {header} -d '{json.dumps(body)}'" for body in bodies]
+    return "\n".join(["\nTry it:", *posts, f"  curl -s {url}/health", f"  {url}/docs"])
+
+
+if __name__ == "__main__":
+    main()

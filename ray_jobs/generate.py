@@ -1,0 +1,142 @@
+"""Generates a synthetic shop: raw files under `<storage root>/raw`, as a shop would deliver them.
+
+    python -m ray_jobs.generate --config synthetic
+
+Safe to run again: a shop that is complete is left as it is, and another one is never overwritten.
+"""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from pyarrow.fs import FileSystem, FileType
+
+from data_lake.synthetic import Ints, Shop, build_shop, items_table
+from data_lake.synthetic_events import Trajectories, generate_part
+from data_lake.synthetic_oracle import best_reachable, leave_one_out, oracle_ranks
+from data_lake.synthetic_rows import clean_rows, dump_lines, soil_rows
+from data_lake.synthetic_visits import users_table
+from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.errors import JobError
+from ray_jobs.job import Report, main
+
+_STAMP = "generated.json"
+_MIN_POSITIONS = 3  # a training, a validation and a test position
+
+
+def run(config: PipelineConfig) -> Report:
+    """Writes events, events-dirty, users and items, and reports the best reachable hit rate.
+
+    Raises: JobError without a `[generate]` section, or when the folder holds something else.
+    """
+    if config.generate is None:
+        raise JobError(f"{config.name!r} is no synthetic shop: add a [generate] section.")
+    uri = f"{expand(config.storage.root)}/raw"
+    stamp = {"seed": config.seed, "shop": config.generate.model_dump(mode="json")}
+    figures = _read_stamp(uri, stamp)
+    if figures is not None:
+        return Report("generate", f"{uri} is already complete, nothing to do", figures)
+
+    start = time.perf_counter()
+    _write_text(uri, _STAMP, json.dumps(stamp))
+    shop = build_shop(config.generate, config.seed)
+    _write_table(uri, "items.parquet", items_table(shop))
+    shared = ray.put(shop)
+    write_part = ray.remote(_write_part)
+    tasks = [write_part.remote(uri, shared, part) for part in range(config.generate.num_parts)]
+    figures = _figures(shop, ray.get(tasks))
+    _write_text(uri, _STAMP, json.dumps(stamp | {"figures": figures}))
+
+    speed = figures["events"] / (time.perf_counter() - start)
+    return Report("generate", f"wrote {uri}", figures | {"events_per_s": round(speed)})
+
+
+def _write_part(uri: str, shop: Shop, part: int) -> dict[str, Any]:
+    """Generates and writes one part; its events alone are in memory."""
+    trajectories = generate_part(shop, part)
+    clean = clean_rows(shop, part, trajectories)
+    rows, untyped = soil_rows(clean, shop, part)
+    _write_table(uri, f"events/part-{part:05d}.parquet", rows)
+    _write_table(uri, f"users/part-{part:05d}.parquet", users_table(trajectories.visitors))
+    if untyped:
+        _write_text(uri, f"events-dirty/part-{part:05d}.jsonl", dump_lines(untyped))
+    return {
+        "events": clean.num_rows,
+        "rows": rows.num_rows + len(untyped),
+        "ranks": _sample_ranks(shop, trajectories),
+    }
+
+
+def _sample_ranks(shop: Shop, trajectories: Trajectories) -> Ints:
+    max_users = -(-shop.config.oracle_users // shop.config.num_parts)
+    task = leave_one_out(trajectories, min_positions=_MIN_POSITIONS, max_users=max_users)
+    return oracle_ranks(shop, task)
+
+
+def _figures(shop: Shop, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    best = best_reachable(shop, np.concatenate([part["ranks"] for part in parts]))
+    return {
+        "users": shop.config.num_users,
+        "items": shop.num_items,
+        "events": sum(part["events"] for part in parts),
+        "rows_with_dirt": sum(part["rows"] for part in parts),
+        "best_hit_rate_at_10": best.hit_rate_at_10,
+        "best_ndcg_at_10": best.ndcg_at_10,
+        "targets_seen_before": best.seen_share,
+        "oracle_users": best.num_users,
+    }
+
+
+def _read_stamp(uri: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of this very shop if it is complete, None if there is nothing or half of it.
+
+    Raises: JobError when the folder holds another shop, or files that nobody generated.
+    """
+    filesystem, root = FileSystem.from_uri(uri)
+    if filesystem.get_file_info(f"{root}/{_STAMP}").type == FileType.NotFound:
+        if filesystem.get_file_info(root).type != FileType.NotFound:
+            raise JobError(f"{uri} exists and was not generated; set storage.root elsewhere.")
+        return None
+    with filesystem.open_input_stream(f"{root}/{_STAMP}") as stream:
+        found = json.loads(stream.read())
+    if {"seed": found["seed"], "shop": found["shop"]} != wanted:
+        raise JobError(
+            f"{uri} holds another shop ({_first_difference(found, wanted)}); "
+            "remove the folder or set storage.root elsewhere."
+        )
+    figures: dict[str, Any] | None = found.get("figures")
+    return figures
+
+
+def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    before = found["shop"] | {"seed": found["seed"]}
+    after = wanted["shop"] | {"seed": wanted["seed"]}
+    keys = (key for key in before | after if before.get(key) != after.get(key))
+    key = next(keys)
+    return f"{key} is {before.get(key)} there, {after.get(key)} here"
+
+
+def _write_table(uri: str, name: str, table: pa.Table) -> None:
+    filesystem, path = _prepare(uri, name)
+    pq.write_table(table, path, filesystem=filesystem, compression="zstd")
+
+
+def _write_text(uri: str, name: str, text: str) -> None:
+    filesystem, path = _prepare(uri, name)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(text.encode())
+
+
+def _prepare(uri: str, name: str) -> tuple[FileSystem, str]:
+    filesystem, root = FileSystem.from_uri(uri)
+    path = f"{root}/{name}"
+    filesystem.create_dir(path.rpartition("/")[0])
+    return filesystem, path
+
+
+if __name__ == "__main__":
+    main(run, job="generate")

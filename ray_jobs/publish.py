@@ -1,0 +1,108 @@
+"""Publishes an evaluated run as an artifact and makes it the version that serves.
+
+    python -m ray_jobs.publish --config synthetic
+
+A model that is not above every baseline is refused (`publish.must_beat_baselines`); the version that
+served before then goes on serving.
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deltalake import DeltaTable
+
+from ray_jobs.config import PipelineConfig
+from ray_jobs.errors import JobError
+from ray_jobs.job import Report, main
+from ray_jobs.runs import FinishedRun, open_run
+from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
+from recsys.artifact import publish
+from recsys.export import export_onnx
+from recsys.fallback import write_fallback
+from recsys.registry import promote
+from recsys.splits import whole_sequences
+from recsys.tokens import TokenStore
+
+_LIBRARIES = ("ray", "torch", "deltalake", "pyarrow", "numpy", "onnxruntime")
+
+
+def run(config: PipelineConfig) -> Report:
+    """Seals the artifact and promotes it. Raises: JobError when a gate is closed, ArtifactError."""
+    finished = open_run(config, config.publish.run)
+    evaluation = finished.evaluation()
+    if config.publish.must_beat_baselines:
+        _refuse_if_beaten(finished, evaluation)
+
+    sequences = open_sequences(config, finished.facts["sequences_version"])
+    dataset = load_tokens(sequences, config, finished.vocabulary)
+    store = collect_tokens(dataset, len(finished.vocabulary.context.fields))
+    version = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    registry = Path(config.storage.registry_uri)
+    path = publish(
+        registry,
+        version,
+        lambda folder: _write_artifact(folder, finished, store, evaluation),
+        _facts(config, finished, sequences),
+    )
+    promote(registry, version)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Report(
+        "publish",
+        f"version {version} serves",
+        {"version": version, "run": finished.folder.name, "bytes": size, "path": str(path)},
+    )
+
+
+def _refuse_if_beaten(finished: FinishedRun, evaluation: dict[str, Any]) -> None:
+    stronger = [name for name, row in evaluation["comparisons"].items() if row["difference"] <= 0]
+    if stronger:
+        raise JobError(
+            f"The run {finished.folder.name} is not published: {', '.join(stronger)} reached at least "
+            "its NDCG@10. Train longer or with another recipe, or set publish.must_beat_baselines "
+            "to false."
+        )
+
+
+def _write_artifact(
+    folder: Path, finished: FinishedRun, store: TokenStore, evaluation: dict[str, Any]
+) -> None:
+    for name in ("model.safetensors", "catalogue.parquet", "context.json"):
+        shutil.copy(finished.folder / name, folder / name)
+    config = json.loads((finished.folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "recipe": finished.facts["recipe"]}, indent=1)
+    )
+    (folder / "metrics.json").write_text(json.dumps(evaluation, indent=1))
+    # Nothing is held back from the fallback tables: they are not what was evaluated.
+    everything = whole_sequences(store.offsets_U)
+    vocabulary = finished.vocabulary
+    write_fallback(folder / "fallback", store, everything, vocabulary.catalogue, vocabulary.context)
+    export_onnx(finished.load_model(), folder / "model.onnx")
+
+
+def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable) -> dict[str, Any]:
+    return {
+        "name": config.name,
+        "run": finished.folder.name,
+        "seed": finished.facts["seed"],
+        "tables": {"sequences": sequences.version(), **sequences_lineage(sequences)},
+        "pipeline": finished.facts["config"],
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "python": platform.python_version(),
+        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def sequences_lineage(sequences: DeltaTable) -> dict[str, Any]:
+    """Versions of the tables that a version of the sequences was built from."""
+    commit = next(entry for entry in sequences.history() if entry["version"] == sequences.version())
+    return {"events": int(commit["events_version"])}
+
+
+if __name__ == "__main__":
+    main(run, job="publish")

@@ -1,0 +1,56 @@
+"""Finished runs on disk: which there are, and what one of them holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.config import PipelineConfig
+from ray_jobs.errors import JobError
+from ray_jobs.sequences_reader import Vocabulary
+from recsys.artifact import load_model
+from recsys.catalogue import Catalogue
+from recsys.context import ContextEncoder
+from recsys.model import NextItemModel
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder that `ray_jobs.train` completed."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """The content of `run.json`."""
+    vocabulary: Vocabulary
+
+    def load_model(self) -> NextItemModel:
+        return load_model(self.folder, self.vocabulary.catalogue, self.vocabulary.context)
+
+    def evaluation(self) -> dict[str, Any]:
+        """What `ray_jobs.evaluate` wrote. Raises JobError when it has not run."""
+        path = self.folder / "evaluation.json"
+        if not path.exists():
+            raise JobError(f"The run {self.folder.name} was not evaluated; run ray_jobs.evaluate.")
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+
+def open_run(config: PipelineConfig, name: str | None) -> FinishedRun:
+    """A finished run by name, or the newest one.
+
+    Raises: JobError when there is no such run.
+    """
+    runs = Path(config.storage.runs_uri)
+    if name is None:
+        latest = runs / "LATEST"
+        if not latest.exists():
+            raise JobError(f"No run in {runs} is finished; run ray_jobs.train first.")
+        name = latest.read_text().strip()
+    folder = runs / name
+    if not (folder / "run.json").exists():
+        finished = sorted(path.parent.name for path in runs.glob("*/run.json"))
+        raise JobError(f"There is no finished run {name!r}; finished: {', '.join(finished)}.")
+    vocabulary = Vocabulary(
+        Catalogue.read(folder / "catalogue.parquet"), ContextEncoder.read(folder / "context.json")
+    )
+    return FinishedRun(folder, json.loads((folder / "run.json").read_text()), vocabulary)

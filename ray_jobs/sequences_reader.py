@@ -1,0 +1,168 @@
+"""From the sequences table to tokens with Ray Data, one task a bucket: a first pass learns the
+vocabulary, a second one encodes with it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from data_lake.tables import files_by_bucket, open_table, read_files, read_table, table_exists
+from deltalake import DeltaTable
+
+from data_lake.errors import TableError
+from ray_jobs.config import PipelineConfig
+from recsys.catalogue import Catalogue
+from recsys.context import ContextEncoder
+from recsys.splits import SplitConfig, split_offsets
+from recsys.tokens import TokenStore
+
+_COLUMNS = ["user_id", "segment", "item_ids", "event_types", "timestamps", "devices"]
+_FIELD_COLUMNS = {"device": "devices", "event_type": "event_types"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What sequences are encoded with; part of every run and artifact."""
+
+    catalogue: Catalogue
+    context: ContextEncoder
+
+
+def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaTable:
+    """The sequences table, at a version or as it is now.
+
+    Raises: TableError when it is missing or empty.
+    """
+    table = open_table(config.storage.lake_uri, "sequences", config.storage.options)
+    if version is not None:
+        table.load_as_version(version)
+    if not table.file_uris():
+        raise TableError(
+            "The sequences table is empty; ingest more events or loosen [sequences], then run "
+            "ray_jobs.build_sequences."
+        )
+    return table
+
+
+def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Vocabulary:
+    """The catalogue (items of all sequences, their training counts, their attributes) and the
+    values that the context fields take in training."""
+    counted = _buckets(sequences).map_batches(
+        _count_bucket,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"split": config.split, "options": config.storage.options},
+    )
+    counts = pa.concat_tables(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
+    counts = counts.group_by(["field", "item_id", "value"]).aggregate([("count", "sum")])
+
+    of_items = counts.filter(pc.equal(counts["field"], "item_id"))
+    catalogue = Catalogue.build(
+        of_items["item_id"].combine_chunks(), of_items["count_sum"].to_numpy(), _items(config)
+    )
+    values = {
+        name: _as_counts(counts.filter(pc.equal(counts["field"], name)))
+        for name in config.train.context.categorical
+    }
+    return Vocabulary(catalogue, ContextEncoder.learn(config.train.context, values))
+
+
+def load_tokens(
+    sequences: DeltaTable, config: PipelineConfig, vocabulary: Vocabulary
+) -> ray.data.Dataset:
+    """Encoded sequences, a row a user (`TokenStore.to_arrow`), in the object store."""
+    encoded = _buckets(sequences).map_batches(
+        _encode_bucket,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"vocabulary": vocabulary, "options": config.storage.options},
+    )
+    return encoded.materialize()
+
+
+def collect_tokens(
+    dataset: "ray.data.Dataset | ray.data.DataIterator", num_fields: int
+) -> TokenStore:
+    """All rows of `load_tokens` as one store in this process; `num_fields` is F."""
+    tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return TokenStore.concatenate([TokenStore.from_arrow(table, num_fields) for table in tables])
+
+
+def _buckets(sequences: DeltaTable) -> ray.data.Dataset:
+    # The order of users must not depend on which task ends first.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    buckets = [{"files": files} for _, files in sorted(files_by_bucket(sequences).items())]
+    return ray.data.from_items(buckets, override_num_blocks=len(buckets))
+
+
+def _count_bucket(batch: pa.Table, *, split: SplitConfig, options: dict[str, str]) -> pa.Table:
+    sequences = read_files(batch["files"][0].as_py(), _COLUMNS, options).combine_chunks()
+    is_training = _is_training(sequences, split)
+    items = _flatten(sequences, "item_ids")
+    # Items that were only seen later are in the catalogue too, with a count of 0.
+    parts = [
+        _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
+        _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
+    ]
+    for field, column in _FIELD_COLUMNS.items():
+        values = _flatten(sequences, column).filter(is_training)
+        parts.append(_count(field, pa.array(np.ones(len(values), np.int64)), value=values))
+    id_type = sequences.schema.field("item_ids").type.value_type
+    schema = pa.schema(
+        [
+            ("field", pa.string()),
+            ("item_id", id_type),
+            ("value", pa.string()),
+            ("count", pa.int64()),
+        ]
+    )
+    return pa.concat_tables([_with_schema(part, schema) for part in parts])
+
+
+def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str, str]) -> pa.Table:
+    sequences = read_files(batch["files"][0].as_py(), _COLUMNS, options)
+    return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
+
+
+def _is_training(sequences: pa.Table, split: SplitConfig) -> pa.Array:
+    lists = sequences["item_ids"].chunk(0)
+    lengths_U = lists.value_lengths().to_numpy(zero_copy_only=False)
+    offsets_U = np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
+    timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
+    train_end_U = split_offsets(offsets_U, timestamps_T, split).train_end_U
+    return pa.array(np.arange(offsets_U[-1]) < np.repeat(train_end_U, lengths_U))
+
+
+def _count(field: str, ones: pa.Array, **columns: pa.Array) -> pa.Table:
+    ((name, values),) = columns.items()
+    table = pa.table({name: values, "count": ones}).filter(pc.is_valid(values))
+    counts = table.group_by(name).aggregate([("count", "sum")]).rename_columns([name, "count"])
+    return counts.append_column("field", pa.array([field] * len(counts), pa.string()))
+
+
+def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
+def _flatten(sequences: pa.Table, column: str) -> pa.Array:
+    return sequences[column].chunk(0).flatten()
+
+
+def _segments(sequences: pa.Table) -> pa.Array:
+    return sequences["segment"].chunk(0)
+
+
+def _as_counts(counts: pa.Table) -> dict[str, int]:
+    return dict(zip(counts["value"].to_pylist(), counts["count_sum"].to_pylist(), strict=True))
+
+
+def _items(config: PipelineConfig) -> pa.Table | None:
+    storage = config.storage
+    if not table_exists(storage.lake_uri, "items", storage.options):
+        return None
+    return read_table(open_table(storage.lake_uri, "items", storage.options))

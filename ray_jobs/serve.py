@@ -1,0 +1,119 @@
+"""Deploys the version that serves on the Ray cluster: the ingress and the ranker behind it.
+
+    python -m ray_jobs.serve --config synthetic
+
+The job ends when the endpoint is ready; the endpoint stays up with the cluster.
+"""
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from ray_jobs.config import PipelineConfig
+from ray_jobs.errors import JobError
+from ray_jobs.job import Report, main
+from ray_jobs.materialize import history_folder
+from recsys.artifact import load_artifact
+from recsys.registry import serving_version
+
+APPLICATION = "nextitem"
+_READY_TIMEOUT_S = 120.0
+
+log = logging.getLogger(__name__)
+
+
+def run(config: PipelineConfig) -> Report:
+    """Deploys and waits until a request would be answered. Raises: JobError, ArtifactError."""
+    started = time.perf_counter()
+    version = serving_version(Path(config.storage.registry_uri))
+    client = ServeSubmissionClient(_dashboard_url())
+    _refuse_taken_port(config, client)
+    client.deploy_applications(serve_config(config))
+    url = f"http://{config.serve.host}:{config.serve.port}"
+    _wait_until_ready(client, url)
+    return Report(
+        "serve",
+        f"{url} is ready",
+        {"url": url, "version": version, "seconds_to_ready": time.perf_counter() - started},
+    )
+
+
+def serve_config(config: PipelineConfig) -> dict[str, Any]:
+    """The declarative Serve config (`ray.serve.schema.ServeDeploySchema`) of this data set."""
+    registry = Path(config.storage.registry_uri)
+    artifact = load_artifact(registry / serving_version(registry))
+    history = history_folder(config, artifact.manifest["tables"]["sequences"])
+    arguments: dict[str, Any] = {
+        "registry": str(registry),
+        "history_path": str(history.parent / "events.sqlite"),
+        "deadline_ms": config.serve.deadline_ms,
+    }
+    if history.exists():
+        arguments["history_seed"] = str(history)
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": config.serve.host, "port": config.serve.port},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "serve_app.deployment:build",
+                "args": arguments,
+            }
+        ],
+    }
+
+
+def _dashboard_url() -> str:
+    url = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
+    if not url:
+        raise JobError(
+            "The Ray cluster has no dashboard, which deploys applications; start it with one."
+        )
+    return f"http://{url}"
+
+
+def _refuse_taken_port(config: PipelineConfig, client: ServeSubmissionClient) -> None:
+    if client.get_serve_details().get("applications"):
+        return  # the port is taken by ourselves, and the deployment is updated in place
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.serve.host, config.serve.port))
+        except OSError as error:
+            raise JobError(
+                f"Port {config.serve.port} of {config.serve.host} cannot be used ({error.strerror}); "
+                "choose another with --set serve.port=8001."
+            ) from None
+
+
+def _wait_until_ready(client: ServeSubmissionClient, url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        application = client.get_serve_details()["applications"].get(APPLICATION, {})
+        if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise JobError(f"The endpoint did not start: {application['message']}")
+        if application.get("status") == "RUNNING" and _is_ready(url):
+            return
+        time.sleep(0.5)
+    raise JobError(
+        f"The endpoint was not ready after {_READY_TIMEOUT_S:.0f} s; see the Ray dashboard."
+    )
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=5).status_code == httpx.codes.OK
+    except httpx.TransportError as error:
+        log.debug("not ready yet: %s", error)
+        return False
+
+
+if __name__ == "__main__":
+    main(run, job="serve")

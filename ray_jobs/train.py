@@ -1,0 +1,266 @@
+"""Trains a recipe on the sequences table with Ray Train and leaves a run folder behind.
+
+    python -m ray_jobs.train --config synthetic --set train.trainer.max_epochs=10
+
+The run folder `<storage root>/runs/<name>/` then holds the best weights with everything needed to
+use them, `history.jsonl` (one line an epoch) and `run.json`; `<storage root>/runs/LATEST` names it.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig
+from ray.train import ScalingConfig as Scaling
+from ray.train.torch import TorchTrainer, get_device
+
+from ray_jobs.config import PipelineConfig
+from ray_jobs.errors import JobError
+from ray_jobs.job import Report, main
+from ray_jobs.sequences_reader import (
+    Vocabulary,
+    collect_tokens,
+    learn_vocabulary,
+    load_tokens,
+    open_sequences,
+)
+from recsys.artifact import save_model
+from recsys.model import NextItemModel
+from recsys.recipe import Recipe, read_recipe
+from recsys.splits import split_tokens
+from recsys.tokens import TokenStore
+from recsys.trainer import EpochReport, Trainer, load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What every worker is given beside the tokens."""
+
+    config: PipelineConfig
+    recipe: Recipe
+    vocabulary: Vocabulary
+    run: Path
+
+
+def run(config: PipelineConfig) -> Report:
+    """Trains, and writes the run folder. Raises: JobError, TableError, TrainingError."""
+    started = time.perf_counter()
+    run_folder = _run_folder(config)
+    recipe = read_recipe(config.train.recipe, config.train.overrides)
+    scaling = _scaling(config)
+    sequences = open_sequences(config)
+    vocabulary = learn_vocabulary(sequences, config)
+    tokens = load_tokens(sequences, config, vocabulary)
+
+    run_folder.mkdir(parents=True, exist_ok=True)
+    result = _fit(WorkerPlan(config, recipe, vocabulary, run_folder), tokens, scaling)
+    best = max(result.best_checkpoints, key=lambda pair: float(pair[1]["ndcg10"]))
+    _write_run(run_folder, config, recipe, vocabulary, sequences.version(), best)
+    history = read_history(run_folder)
+    metrics = best[1]
+    return Report(
+        "train",
+        f"{recipe.name} reached NDCG@10 {metrics['ndcg10']:.4f} on validation",
+        {
+            "run": run_folder.name,
+            "items": vocabulary.catalogue.num_items,
+            "epochs": len(history),
+            "best_epoch": metrics["epoch"],
+            "validation_ndcg10": metrics["ndcg10"],
+            "validation_hr10": metrics["hr10"],
+            "workers": config.train.num_workers,
+            "device": "gpu" if scaling.use_gpu else "cpu",
+            "tokens_per_s": history[-1]["tokens_per_s"],
+            "seconds": time.perf_counter() - started,
+        },
+    )
+
+
+def train_worker(plan_parts: Mapping[str, Any]) -> None:
+    """What runs on each worker: every rank holds all tokens and takes its part of each batch."""
+    # Ray logs each report in full; the line of `_record` says the same to a person.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    plan: WorkerPlan = plan_parts["plan"]
+    context = plan.vocabulary.context
+    store = collect_tokens(ray.train.get_dataset_shard("tokens"), len(context.fields))
+    trainer = _build_trainer(plan, store)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            load_checkpoint(Path(folder), trainer)
+
+    started, first_epoch = time.perf_counter(), trainer.epoch
+    max_minutes = plan.config.train.trainer.max_minutes
+    while not trainer.should_stop:
+        epoch = trainer.train_epoch()
+        elapsed_s = time.perf_counter() - started
+        if trainer.rank == 0:
+            _record(plan, trainer, epoch, elapsed_s / (trainer.epoch - first_epoch))
+        if epoch.is_validated:
+            _report(trainer, epoch)
+            if max_minutes is not None and _is_over(elapsed_s / 60 > max_minutes, trainer):
+                break
+
+
+def read_history(run_folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a run in order; of an epoch that was repeated after a failure, the last try."""
+    path = run_folder / "history.jsonl"
+    epochs = {entry["epoch"]: entry for entry in map(json.loads, path.read_text().splitlines())}
+    return [epochs[number] for number in sorted(epochs)]
+
+
+def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
+    config, context = plan.config, plan.vocabulary.context
+    # The same seed on every rank: all start from the same weights.
+    torch.manual_seed(config.seed)
+    model = NextItemModel(plan.recipe.model, plan.vocabulary.catalogue.num_rows, context.sizes)
+    return Trainer(
+        plan.recipe,
+        config.train.trainer,
+        model,
+        store,
+        split_tokens(store, config.split),
+        context.known_at_request_F,
+        seed=config.seed,
+        device=get_device(),
+    )
+
+
+def _fit(plan: WorkerPlan, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
+    # Ray throttles reports to one in two seconds by default; a short epoch would wait for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    # With Ray's own patch of print() every line of progress would stand twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(plan.run),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="ndcg10", checkpoint_score_order="max"
+            ),
+            failure_config=FailureConfig(max_failures=plan.config.train.max_failures),
+        ),
+        datasets={"tokens": tokens},
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise JobError(f"Training stopped: {result.error}. Its run is {plan.run}.")
+    return result
+
+
+def _record(plan: WorkerPlan, trainer: Trainer, epoch: EpochReport, epoch_s: float) -> None:
+    with (plan.run / "history.jsonl").open("a") as file:
+        file.write(json.dumps(epoch.metrics()) + "\n")
+    planned = plan.config.train.trainer.max_epochs
+    eta_s = epoch_s * (planned - trainer.epoch)
+    ndcg10 = f"NDCG@10 {epoch.ndcg10:.4f}" if epoch.is_validated else "not validated"
+    print(
+        f"epoch {trainer.epoch}/{planned}  loss {epoch.loss:.4f}  {ndcg10}  "
+        f"{epoch.tokens_per_s:,.0f} tokens/s  at most {eta_s:.0f} s to go",
+        flush=True,
+    )
+
+
+def _report(trainer: Trainer, epoch: EpochReport) -> None:
+    if trainer.rank != 0:
+        ray.train.report(epoch.metrics())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), trainer)
+        ray.train.report(epoch.metrics(), checkpoint=Checkpoint.from_directory(folder))
+
+
+def _is_over(is_late: bool, trainer: Trainer) -> bool:
+    # Clocks differ between ranks; the first one decides for all.
+    verdict = torch.tensor(int(is_late), device=trainer.device)
+    if trainer.world_size > 1:
+        torch.distributed.broadcast(verdict, src=0)
+    return bool(verdict)
+
+
+def _write_run(
+    folder: Path,
+    config: PipelineConfig,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    sequences_version: int,
+    best: tuple[Checkpoint, dict[str, Any]],
+) -> None:
+    checkpoint, metrics = best
+    model = NextItemModel(recipe.model, vocabulary.catalogue.num_rows, vocabulary.context.sizes)
+    with checkpoint.as_directory() as path:
+        saved = torch.load(Path(path) / "trainer.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["weights"])
+    save_model(folder, model, vocabulary.catalogue, vocabulary.context)
+
+    content = {
+        "name": folder.name,
+        "config": config.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": config.seed,
+        "sequences_version": sequences_version,
+        "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
+        "history": read_history(folder),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    (folder / "run.json").write_text(json.dumps(content, indent=1))
+    latest = folder.parent / f".LATEST-{os.getpid()}"
+    latest.write_text(folder.name)
+    os.replace(latest, folder.parent / "LATEST")
+
+
+def _run_folder(config: PipelineConfig) -> Path:
+    if "://" in config.storage.runs_uri:
+        raise JobError(
+            f"Runs are written to a folder that all workers share, not to {config.storage.runs_uri}; "
+            "set storage.root to such a folder."
+        )
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = config.train.name or f"{config.train.recipe}-{now}"
+    folder = Path(config.storage.runs_uri) / name
+    if (folder / "run.json").exists():
+        raise JobError(f"The run {name!r} is finished already; give train.name another value.")
+    return folder
+
+
+def _scaling(config: PipelineConfig) -> Scaling:
+    train, has = config.train, ray.cluster_resources()
+    num_gpus = has.get("GPU", 0)
+    use_gpu = train.device == "gpu" or (train.device == "auto" and num_gpus >= train.num_workers)
+    cpus = train.num_workers * train.cpus_per_worker
+    if has.get("CPU", 0) < cpus:
+        raise JobError(
+            f"{train.num_workers} workers of {train.cpus_per_worker:g} CPUs do not fit into the "
+            f"cluster's {has.get('CPU', 0):g}; lower train.num_workers or train.cpus_per_worker."
+        )
+    if use_gpu and num_gpus < train.num_workers:
+        raise JobError(
+            f"train.device is 'gpu' but the cluster has {num_gpus:g} GPUs for {train.num_workers} "
+            "workers; lower train.num_workers or set train.device to 'auto'."
+        )
+    return Scaling(
+        num_workers=train.num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+    )
+
+
+if __name__ == "__main__":
+    main(run, job="train")

@@ -1,0 +1,145 @@
+"""Context as small integer codes, one a field and event; training and serving encode it with the
+same function.
+
+Code 0 of every field means unknown. A request knows its own time, device and segment but not the
+event type that will follow, so `known_at_request` says which fields a scored position may carry.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+UNKNOWN = 0
+NO_TIME = np.iinfo(np.int64).min
+"""Stands for a missing timestamp, and for the time before a user's first event."""
+
+TimeField = Literal["hour", "weekday", "gap"]
+_TIME_SIZES: dict[str, int] = {"hour": 25, "weekday": 8, "gap": 32}
+_MAX_CATEGORIES = 254
+_NOT_KNOWN_AT_REQUEST = frozenset({"event_type"})
+
+
+class ContextConfig(BaseModel):
+    """Which fields accompany an item; order is the order of the codes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    categorical: tuple[str, ...] = ("device", "segment", "event_type")
+    """Columns whose values become codes; values are learned from the training events."""
+    time: tuple[TimeField, ...] = ("hour", "weekday", "gap")
+    """Hour of day, day of week, and the gap to the previous event in powers of two of a second."""
+    timezone: str = "UTC"
+    """The shop's own clock, an IANA name; a request may bring its own."""
+
+
+@dataclass(frozen=True)
+class ContextEncoder:
+    """Turns columns into codes. `vocabularies` holds the known values of each categorical field."""
+
+    config: ContextConfig
+    vocabularies: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def learn(
+        cls, config: ContextConfig, counts: Mapping[str, Mapping[str, int]]
+    ) -> "ContextEncoder":
+        """Keeps the most frequent values of each categorical field (254 at most), from their
+        counts.
+        """
+        vocabularies = {}
+        for name in config.categorical:
+            seen = counts.get(name, {})
+            vocabularies[name] = tuple(
+                sorted(seen, key=lambda value: (-seen[value], value))[:_MAX_CATEGORIES]
+            )
+        return cls(config, vocabularies)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.config.categorical + self.config.time
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of codes of each field, the unknown one included."""
+        return tuple(len(self.vocabularies[name]) + 1 for name in self.config.categorical) + tuple(
+            _TIME_SIZES[name] for name in self.config.time
+        )
+
+    @property
+    def known_at_request_F(self) -> np.ndarray:
+        """Which fields the scored position may carry, bool."""
+        return np.array([name not in _NOT_KNOWN_AT_REQUEST for name in self.fields], bool)
+
+    def encode(
+        self,
+        timestamps_us: np.ndarray,
+        previous_us: np.ndarray,
+        columns: Mapping[str, pa.Array],
+        *,
+        timezone: str | None = None,
+    ) -> np.ndarray:
+        """Codes of T events, uint8 `[T, F]`.
+
+        Args:
+            timestamps_us: int64 `[T]`, microseconds in UTC; NO_TIME where missing.
+            previous_us: int64 `[T]`, time of the same user's event before; NO_TIME where there is
+                none.
+            columns: string arrays `[T]` for the categorical fields; a missing column is unknown
+                throughout.
+            timezone: replaces the configured one.
+        """
+        codes_TF = np.zeros((len(timestamps_us), len(self.fields)), np.uint8)
+        for f, name in enumerate(self.config.categorical):
+            if name in columns:
+                codes_TF[:, f] = self._encode_values(name, columns[name])
+        num_categorical = len(self.config.categorical)
+        for f, name in enumerate(self.config.time, start=num_categorical):
+            codes_TF[:, f] = _encode_time(
+                name, timestamps_us, previous_us, timezone or self.config.timezone
+            )
+        return codes_TF
+
+    def _encode_values(self, name: str, values: pa.Array) -> np.ndarray:
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        codes = pc.index_in(values, pa.array(self.vocabularies[name], pa.string()))
+        codes = pc.fill_null(pc.add(codes, 1), UNKNOWN)
+        return codes.to_numpy(zero_copy_only=False)
+
+    def write(self, path: Path) -> None:
+        content = {"config": self.config.model_dump(mode="json"), "vocabularies": self.vocabularies}
+        path.write_text(json.dumps(content, indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> "ContextEncoder":
+        content = json.loads(path.read_text())
+        vocabularies = {name: tuple(values) for name, values in content["vocabularies"].items()}
+        return cls(ContextConfig.model_validate(content["config"]), vocabularies)
+
+
+def _encode_time(
+    name: str, timestamps_us: np.ndarray, previous_us: np.ndarray, timezone: str
+) -> np.ndarray:
+    is_missing = timestamps_us == NO_TIME
+    if name == "gap":
+        is_missing = is_missing | (previous_us == NO_TIME)
+        gap_s = (
+            np.maximum(
+                np.where(is_missing, 0, timestamps_us - np.where(is_missing, 0, previous_us)), 0
+            )
+            // 1_000_000
+        )
+        codes = np.minimum(1 + np.log2(1 + gap_s).astype(np.int64), _TIME_SIZES["gap"] - 1)
+    else:
+        local = pa.array(np.where(is_missing, 0, timestamps_us), pa.timestamp("us", tz=timezone))
+        codes = 1 + (pc.hour(local) if name == "hour" else pc.day_of_week(local)).to_numpy(
+            zero_copy_only=False
+        )
+    return np.where(is_missing, UNKNOWN, codes).astype(np.uint8)

@@ -1,0 +1,183 @@
+"""One encoder for every recipe: items, positions and context are added, attention mixes them, and
+the states at the scored positions are compared with the item table.
+
+Sources: BERT4Rec (Sun et al., 2019, doi:10.1145/3357384.3357895), SASRec (Kang & McAuley, 2018,
+doi:10.1109/ICDM.2018.00035).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from recsys.catalogue import MASK, NUM_SPECIAL, PAD
+
+
+class ModelConfig(BaseModel):
+    """Sizes of the encoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """bidirectional scores a mask token (BERT4Rec); causal scores the position before (SASRec)."""
+    dim: int = Field(64, ge=8)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    max_len: int = Field(50, ge=2)
+    """Positions, the mask token of a bidirectional model included."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> "ModelConfig":
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        return self
+
+    @property
+    def history_len(self) -> int:
+        """Events of a history that the model reads when it recommends."""
+        return self.max_len - 1 if self.attention == "bidirectional" else self.max_len
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a feed-forward net four times as wide."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.norm_attention = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.widen = nn.Linear(dim, 4 * dim)
+        self.narrow = nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), mask_BLL))
+        return x_BLD + self.dropout(self.narrow(F.gelu(self.widen(self.norm_mlp(x_BLD)))))
+
+    def _attend(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
+        B, L, D = x_BLD.shape
+        qkv = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
+        q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4)
+
+        mixed_BHLd = F.scaled_dot_product_attention(
+            q_BHLd, k_BHLd, v_BHLd, attn_mask=mask_BLL[:, None]
+        )
+        return self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
+
+
+class ContextEmbedding(nn.Module):
+    """Sum of one embedding a field; the unknown code of a field is a vector of its own."""
+
+    def __init__(self, sizes: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(sum(sizes), dim)
+        starts_F = torch.tensor([0, *sizes[:-1]], dtype=torch.int64).cumsum(0)
+        self.register_buffer("starts_F", starts_F, persistent=False)
+
+    def forward(self, context_BLF: Tensor) -> Tensor:
+        B, L, num_fields = context_BLF.shape
+        rows = (context_BLF + self.starts_F).view(B * L, num_fields)
+        summed = F.embedding_bag(rows, self.table.weight, mode="sum")
+        return summed.view(B, L, -1)
+
+
+class NextItemModel(nn.Module):
+    """Scores every item of a catalogue as the next one of a sequence.
+
+    Args:
+        num_rows: rows of the item table, padding and mask included.
+        context_sizes: number of codes of each context field; empty for none.
+    """
+
+    def __init__(self, config: ModelConfig, num_rows: int, context_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(num_rows, config.dim, padding_idx=PAD)
+        self.item_bias = nn.Parameter(torch.zeros(num_rows))
+        self.positions = nn.Embedding(config.max_len, config.dim)
+        self.context = ContextEmbedding(context_sizes, config.dim) if context_sizes else None
+        # A causal position reads its own event and, apart from it, the context of the request that
+        # follows.
+        is_causal = config.attention == "causal"
+        self.request = (
+            ContextEmbedding(context_sizes, config.dim) if context_sizes and is_causal else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.apply(_initialise)
+
+    def forward(self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor) -> Tensor:
+        """States `[B, L, D]`.
+
+        Args:
+            items_BL: int64, left-padded, L at most `max_len`; the last column is the most recent.
+            context_BLF: int64, codes of each position's own event; 0 where masked or padded.
+            request_BLF: int64, codes of the request that follows each position; a causal model
+                alone reads it.
+        """
+        L = items_BL.shape[1]
+        # Positions count back from the most recent one, whatever the length of the batch.
+        x_BLD = self.items(items_BL) + self.positions.weight[self.config.max_len - L :]
+        if self.context is not None:
+            x_BLD = x_BLD + self.context(context_BLF)
+        if self.request is not None:
+            x_BLD = x_BLD + self.request(request_BLF)
+
+        x_BLD = self.dropout(x_BLD)
+        mask_BLL = self._visible(items_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, mask_BLL)
+        normed: Tensor = self.norm(x_BLD)
+        return normed
+
+    def scores(self, hidden_BD: Tensor) -> Tensor:
+        """Scores `[B, I]`; padding and mask are -inf."""
+        scores_BI = (hidden_BD @ self.items.weight.to(hidden_BD.dtype).T).float() + self.item_bias
+        scores_BI[:, :NUM_SPECIAL] = float("-inf")
+        return scores_BI
+
+    def _visible(self, items_BL: Tensor) -> Tensor:
+        L = items_BL.shape[1]
+        visible_BLL = (items_BL != PAD)[:, None, :].expand(-1, L, -1)
+        if self.config.attention == "causal":
+            visible_BLL = (
+                visible_BLL & torch.ones(L, L, dtype=torch.bool, device=items_BL.device).tril()
+            )
+        # A padded position sees itself, so that no row of the softmax is empty.
+        return visible_BLL | torch.eye(L, dtype=torch.bool, device=items_BL.device)
+
+
+def append_request(
+    config: ModelConfig, items_BL: Tensor, context_BLF: Tensor, request_BF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of `NextItemModel.forward` whose last position answers a request.
+
+    Args:
+        items_BL: left-padded histories, L at most `history_len`; a causal model needs one event at
+            least.
+        context_BLF: codes of those events.
+        request_BF: codes of the request, 0 for what a request does not know.
+    """
+    if config.attention == "causal":
+        return items_BL, context_BLF, torch.cat([context_BLF[:, 1:], request_BF[:, None]], dim=1)
+    mask_B1 = torch.full((len(items_BL), 1), MASK, dtype=items_BL.dtype, device=items_BL.device)
+    items_BL = torch.cat([items_BL, mask_B1], dim=1)
+    context_BLF = torch.cat([context_BLF, request_BF[:, None]], dim=1)
+    return items_BL, context_BLF, torch.zeros_like(context_BLF)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()

@@ -1,0 +1,75 @@
+"""A recipe: the choices and sizes that make one model of the family, as a TOML file."""
+
+import tomllib
+from importlib import resources
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from recsys.batches import ObjectiveConfig
+from recsys.losses import LossConfig
+from recsys.model import ModelConfig
+
+
+class OptimiserConfig(BaseModel):
+    """AdamW with warm-up and cosine; no weight decay on biases, norms and embeddings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps during which the rate climbs from 0."""
+    final_share: float = Field(0.05, ge=0, le=1)
+    """Share of the learning rate that is left at the end of the cosine."""
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class Recipe(BaseModel):
+    """Model, objective, loss and optimiser; every paper's method is a choice of these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    loss: LossConfig = LossConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    batch_size: int = Field(256, ge=1)
+    """Windows in a global batch, over all workers."""
+
+    @model_validator(mode="after")
+    def _objective_fits_attention(self) -> "Recipe":
+        wanted = "masked-item" if self.model.attention == "bidirectional" else "next-item"
+        if self.objective.kind != wanted:
+            raise ValueError(
+                f"{self.model.attention} attention learns {wanted}, not {self.objective.kind}; "
+                "the other way round the target would be visible or the mask never trained"
+            )
+        return self
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("recsys") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
+
+
+def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A built-in recipe with single values replaced, e.g. `{"model": {"dim": 64}}`.
+
+    Raises: ValueError for an unknown recipe or key.
+    """
+    if name not in builtin_recipes():
+        raise ValueError(f"unknown recipe {name!r}; there are: {', '.join(builtin_recipes())}")
+    text = (resources.files("recsys") / "recipes" / f"{name}.toml").read_text()
+    return Recipe.model_validate(_merged(tomllib.loads(text), overrides or {}))
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        is_section = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if is_section else value
+    return merged

@@ -1,0 +1,59 @@
+"""A trained model as a scorer of the whole catalogue."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.model import NextItemModel, append_request
+from recsys.tokens import TokenStore
+
+
+class ModelScorer:
+    """Scores with a model, knowing the context of the request (`time-aware`) or nothing of it
+    (`time-blind`).
+    """
+
+    def __init__(
+        self,
+        model: NextItemModel,
+        known_at_request_F: np.ndarray,
+        *,
+        name: str = "model",
+        knows_request: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name = name
+        self._model = model
+        self._device = model.item_bias.device
+        self._request_F = torch.from_numpy(known_at_request_F & knows_request)
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
+        """Scores fp32 `[B, I]` on the device of the model; see `evaluation.Scorer`."""
+        items_BL, context_BLF = gather_histories(
+            store, users_B, targets_B, self._model.config.history_len
+        )
+        request_BF = torch.from_numpy(store.context_TF[targets_B]).long() * self._request_F
+        inputs = append_request(self._model.config, items_BL, context_BLF, request_BF)
+
+        self._model.eval()
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            hidden_BLD = self._model(*(tensor.to(self._device) for tensor in inputs))
+        return self._model.scores(hidden_BLD[:, -1].to(self._dtype))
+
+
+def gather_histories(
+    store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray, max_len: int
+) -> tuple[Tensor, Tensor]:
+    """The last `max_len` events before each target: left-padded items `[B, L]` and context `[B, L,
+    F]`, int64.
+    """
+    starts_B = np.maximum(store.offsets_U[users_B], targets_B - max_len)
+    L = int((targets_B - starts_B).max(initial=1))
+    index_BL = targets_B[:, None] - L + np.arange(L)
+    is_token_BL = index_BL >= starts_B[:, None]
+    index_BL = np.where(is_token_BL, index_BL, 0)
+    items_BL = np.where(is_token_BL, store.items_T[index_BL], 0)
+    context_BLF = np.where(is_token_BL[..., None], store.context_TF[index_BL], 0)
+    return torch.from_numpy(items_BL).long(), torch.from_numpy(context_BLF).long()

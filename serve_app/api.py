@@ -1,0 +1,248 @@
+"""The HTTP endpoints, as a plain FastAPI app over a `Recommender`; it knows nothing of Ray."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from recsys.filters import FilterError
+from serve_app.history import LoggedEvent
+from serve_app.keys import KeyCheck
+from serve_app.middleware import Gate
+from serve_app.problems import (
+    MEDIA_TYPE,
+    install_handlers,
+    invalid_request,
+    request_id_of,
+    unsupported_filter,
+    validation_faults,
+)
+from serve_app.recommender import Recommender
+from serve_app.schemas import (
+    BatchEntry,
+    BatchRequest,
+    BatchResponse,
+    ErasedResponse,
+    EventIn,
+    EventResult,
+    EventsRequest,
+    EventsResponse,
+    FieldFault,
+    HealthResponse,
+    HistoryEvent,
+    HistoryResponse,
+    Problem,
+    RecommendRequest,
+    RecommendResponse,
+    SimilarRequest,
+)
+from serve_app.settings import Settings
+
+_AHEAD_S = 24 * 3600.0
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": text}
+    for status, text in {
+        400: "The body is not JSON.",
+        413: "The body is too large.",
+        422: "A field does not fit; `fields` says which.",
+        429: "Too many requests at once; see Retry-After.",
+    }.items()
+}
+UserId = Annotated[str, Path(min_length=1, max_length=128)]
+
+
+def create_app(
+    recommender: Recommender, settings: Settings, *, now: Callable[[], float] = time.time
+) -> FastAPI:
+    """The whole HTTP contract; closing the app closes the history."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await recommender.history.close()
+
+    app = FastAPI(
+        title="nextitem",
+        summary="What will this visitor want next?",
+        version=recommender.model.version,
+        lifespan=lifespan,
+        responses=_PROBLEMS,
+    )
+    install_handlers(app)
+    app.add_middleware(Gate, settings=settings, metrics=recommender.metrics)
+    app.include_router(_recommend_routes(recommender, settings))
+    app.include_router(_event_routes(recommender, settings, now))
+    app.include_router(_health_routes(recommender))
+    return app
+
+
+def _recommend_routes(recommender: Recommender, settings: Settings) -> APIRouter:
+    routes = APIRouter(
+        tags=["recommend"], dependencies=[Depends(KeyCheck(settings.api_keys, "read"))]
+    )
+
+    @routes.post("/v1/recommend", response_model_exclude_none=True)
+    @routes.post("/recommend", response_model_exclude_none=True, include_in_schema=False)
+    async def recommend(request: RecommendRequest) -> RecommendResponse:
+        """What this visitor will want next. Never empty while enough items pass the filter."""
+        return await recommender.recommend(request)
+
+    @routes.post("/v1/recommend:batch", response_model_exclude_none=True)
+    async def recommend_batch(batch: BatchRequest, http: Request) -> BatchResponse:
+        """Up to a hundred requests, each with a status of its own."""
+        request_id = request_id_of(http)
+        entries = (_recommend_one(recommender, entry, request_id) for entry in batch.requests)
+        return BatchResponse(results=list(await asyncio.gather(*entries)))
+
+    @routes.post("/v1/similar", response_model_exclude_none=True)
+    async def similar(request: SimilarRequest) -> RecommendResponse:
+        """Items like a given one."""
+        return await recommender.similar(request)
+
+    return routes
+
+
+async def _recommend_one(
+    recommender: Recommender, entry: dict[str, Any], request_id: str
+) -> BatchEntry:
+    try:
+        request = RecommendRequest.model_validate(entry)
+        return BatchEntry(status=200, response=await recommender.recommend(request))
+    except ValidationError as error:
+        problem = invalid_request(validation_faults(error), request_id)
+    except FilterError as error:
+        problem = unsupported_filter(error, request_id)
+    return BatchEntry(status=problem.status, problem=problem)
+
+
+def _event_routes(
+    recommender: Recommender, settings: Settings, now: Callable[[], float]
+) -> APIRouter:
+    routes = APIRouter(tags=["events"])
+    read, write, admin = (
+        [Depends(KeyCheck(settings.api_keys, scope))] for scope in ("read", "write", "admin")
+    )
+
+    @routes.post("/v1/events", status_code=202, dependencies=write)
+    async def post_events(request: EventsRequest) -> EventsResponse:
+        """Up to a thousand events. What is accepted is on disk and counts from the next request."""
+        checked = [_check_event(event, now()) for event in request.events]
+        valid = [event for event in checked if isinstance(event, LoggedEvent)]
+        is_new = iter(await recommender.history.append(valid))
+        results = [
+            event
+            if isinstance(event, EventResult)
+            else EventResult(
+                event_id=event.event_id, status="accepted" if next(is_new) else "duplicate"
+            )
+            for event in checked
+        ]
+        for result in results:
+            recommender.metrics.events.labels(result.status).inc()
+        statuses = [result.status for result in results]
+        return EventsResponse(
+            accepted=statuses.count("accepted"),
+            duplicates=statuses.count("duplicate"),
+            rejected=statuses.count("rejected"),
+            results=results,
+        )
+
+    @routes.get("/v1/users/{user_id}/history", dependencies=read)
+    async def get_history(
+        user_id: UserId, limit: Annotated[int, Query(ge=1, le=1000)] = 50
+    ) -> HistoryResponse:
+        """The latest events of a user, oldest first; none for a user that nobody knows."""
+        events = await recommender.history.recent("user_id", user_id, limit)
+        return HistoryResponse(
+            user_id=user_id,
+            events=[
+                HistoryEvent(
+                    item_id=event.item_id,
+                    event_type=event.event_type,
+                    timestamp=_moment(event.timestamp_us),
+                    device=event.device,
+                )
+                for event in events
+            ],
+        )
+
+    @routes.delete("/v1/users/{user_id}/history", dependencies=admin)
+    async def erase_history(user_id: UserId) -> ErasedResponse:
+        """Forgets all events of a user."""
+        erased = await recommender.history.erase(user_id)
+        return ErasedResponse(user_id=user_id, erased_events=erased)
+
+    return routes
+
+
+def _health_routes(recommender: Recommender) -> APIRouter:
+    routes = APIRouter(tags=["operations"])
+
+    @routes.get("/health/live")
+    async def live() -> dict[str, str]:
+        """This process runs."""
+        return {"status": "ok"}
+
+    @routes.get("/health/ready", responses={503: {"model": Problem}})
+    async def ready() -> dict[str, str]:
+        """The ranker has been warm once; from then on this process can always answer."""
+        if not await recommender.is_ready():
+            raise HTTPException(503, "The ranker is not warm yet.", {"Retry-After": "1"})
+        return {"status": "ok"}
+
+    @routes.get("/health")
+    async def health() -> HealthResponse:
+        """What serves, and how it is."""
+        info, breaker = recommender.ranker_info, recommender.breaker.state
+        is_well = info is not None and breaker == "closed"
+        return HealthResponse(
+            status="ok" if is_well else "starting" if info is None else "degraded",
+            model_version=recommender.model.version,
+            vocab_size=recommender.model.artifact.catalogue.num_items,
+            device=info.device if info else None,
+            ranker=breaker,
+        )
+
+    @routes.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(
+            recommender.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    return routes
+
+
+def _check_event(event: dict[str, Any], now_s: float) -> LoggedEvent | EventResult:
+    try:
+        valid = EventIn.model_validate(event)
+        faults = []
+        if valid.timestamp.timestamp() > now_s + _AHEAD_S:
+            faults = [FieldFault(name="timestamp", message="lies more than a day ahead")]
+    except ValidationError as error:
+        faults = validation_faults(error)
+    if faults:
+        event_id = event.get("event_id")
+        named = event_id if isinstance(event_id, str) and len(event_id) <= 128 else None
+        return EventResult(event_id=named, status="rejected", fields=faults)
+    return LoggedEvent(
+        event_id=valid.event_id,
+        user_id=None if valid.user_id is None else str(valid.user_id),
+        session_id=None if valid.session_id is None else str(valid.session_id),
+        item_id=valid.item_id,
+        event_type=valid.event_type,
+        timestamp_us=round(valid.timestamp.timestamp() * 1e6),
+        device=valid.device,
+        price=valid.price,
+        quantity=valid.quantity,
+        received_us=round(now_s * 1e6),
+    )
+
+
+def _moment(timestamp_us: int | None) -> datetime | None:
+    return None if timestamp_us is None else datetime.fromtimestamp(timestamp_us / 1e6, UTC)

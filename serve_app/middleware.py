@@ -1,0 +1,101 @@
+"""What happens around every request: its id, the bound on its body, shedding, and its latency."""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.metrics import Metrics
+from serve_app.problems import make_problem, problem_response
+from serve_app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_FAILED = "The service failed; its log has the details under this request_id."
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_NEVER_SHED = ("/health", "/metrics")
+
+
+class Gate:
+    """ASGI middleware; it stands outside of everything else."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        scope["request_id"] = _request_id(Headers(scope=scope).get("X-Request-ID"))
+        status, has_started = 500, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                status, has_started = message["status"], True
+                MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
+            await send(message)
+
+        self._in_flight += 1
+        try:
+            await self._pass(scope, receive, send_with_id)
+        except Exception as error:
+            if has_started:
+                raise
+            log.error("Request %s failed.", scope["request_id"], exc_info=error)
+            problem = make_problem(500, _FAILED, scope["request_id"], code="internal_error")
+            await problem_response(problem)(scope, receive, send_with_id)
+        finally:
+            self._in_flight -= 1
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.request_seconds.labels(route, str(status)).observe(
+                time.monotonic() - started
+            )
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._settings.max_body_bytes
+        if self._in_flight > self._settings.max_in_flight and not scope["path"].startswith(
+            _NEVER_SHED
+        ):
+            self._metrics.shed.inc()
+            problem = make_problem(429, "The service is busy; try again.", scope["request_id"])
+            response = problem_response(problem, {"Retry-After": "1"})
+            await response(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("Content-Length", "0")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            problem = make_problem(413, _too_large(limit), scope["request_id"])
+            await problem_response(problem, {"Connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, _bounded(receive, limit), send)
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """`receive` for bodies that do not say how long they are."""
+    received = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, _too_large(limit))
+        return message
+
+    return receive_bounded
+
+
+def _too_large(limit: int) -> str:
+    return f"The body is larger than {limit} bytes; send less at once."
+
+
+def _request_id(given: str | None) -> str:
+    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

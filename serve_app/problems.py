@@ -1,0 +1,109 @@
+"""Errors as `application/problem+json` (RFC 9457): a stable code, the request's id and the fields
+at fault.
+"""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from recsys.filters import FilterError
+from serve_app.schemas import FieldFault, Problem
+
+MEDIA_TYPE = "application/problem+json"
+_CODES = {
+    400: "malformed_body",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    422: "invalid_request",
+    429: "too_many_requests",
+    503: "not_ready",
+}
+
+
+def make_problem(
+    status: int, detail: str, request_id: str, *, code: str = "", fields: Sequence[FieldFault] = ()
+) -> Problem:
+    """A problem with the usual code and title of its status."""
+    return Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code or _CODES.get(status, "error"),
+        request_id=request_id,
+        fields=list(fields),
+    )
+
+
+def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(
+        problem.model_dump(mode="json"), problem.status, headers, media_type=MEDIA_TYPE
+    )
+
+
+def invalid_request(faults: Sequence[FieldFault], request_id: str) -> Problem:
+    """The problem of a request whose fields do not fit."""
+    names = ", ".join(fault.name or "the body" for fault in faults[:5])
+    return make_problem(422, f"The request is not valid: see {names}.", request_id, fields=faults)
+
+
+def unsupported_filter(error: FilterError, request_id: str) -> Problem:
+    fault = FieldFault(name="filter", message=str(error))
+    return make_problem(422, str(error), request_id, code="unsupported_filter", fields=[fault])
+
+
+def field_faults(errors: Sequence[Any]) -> list[FieldFault]:
+    """At most twenty faults of pydantic, without the input: it may be huge or no JSON at all."""
+    return [
+        FieldFault(name=_path(fault["loc"]), message=fault["msg"].removeprefix("Value error, "))
+        for fault in errors[:20]
+    ]
+
+
+def validation_faults(error: ValidationError) -> list[FieldFault]:
+    return field_faults(error.errors(include_input=False, include_url=False, include_context=False))
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every error that the app raises on purpose leaves as a problem."""
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(FilterError, _on_filter)
+
+
+def request_id_of(request: Request) -> str:
+    request_id: str = request.scope.get("request_id", "")
+    return request_id
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    errors = error.errors()
+    if errors and errors[0]["type"] == "json_invalid":
+        return problem_response(make_problem(400, "The body is not JSON.", request_id_of(request)))
+    return problem_response(invalid_request(field_faults(errors), request_id_of(request)))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = make_problem(error.status_code, str(error.detail), request_id_of(request))
+    return problem_response(problem, error.headers)
+
+
+async def _on_filter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FilterError)
+    return problem_response(unsupported_filter(error, request_id_of(request)))
+
+
+def _path(location: Sequence[str | int]) -> str:
+    # Ids are unions, whose branches pydantic adds to the path.
+    parts = [str(part) for part in location if not str(part).startswith(("constrained-", "body"))]
+    return ".".join(parts)

@@ -1,0 +1,299 @@
+"""Requests and responses of the HTTP contract. Every string and list has a bound."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+_EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(2200, 1, 1, tzinfo=UTC)
+_MAX_EXTRA = 16
+
+
+def _check_moment(moment: datetime) -> datetime:
+    if not _EARLIEST <= moment < _LATEST:
+        raise ValueError("must lie between the years 1970 and 2200")
+    return moment
+
+
+def _check_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ValueError, OSError, KeyError):
+        raise ValueError("must be an IANA time zone, such as Europe/Berlin") from None
+    return name
+
+
+def _reject_boolean(value: Any) -> Any:
+    # JSON's true is 1 to Python.
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false")
+    return value
+
+
+Text = Annotated[str, Field(strict=True, min_length=1, max_length=128)]
+Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Text
+Moment = Annotated[AwareDatetime, BeforeValidator(_reject_boolean), AfterValidator(_check_moment)]
+Timezone = Annotated[Text, AfterValidator(_check_timezone)]
+Price = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Items = Annotated[list[Id], Field(max_length=1000)]
+Categories = Annotated[list[Text], Field(max_length=100)]
+TopK = Annotated[int, Field(strict=True, ge=1, le=100)]
+Source = Literal["model", "covisited", "popular_in_segment", "popular"]
+
+
+class Body(BaseModel):
+    """Base of every request: a misspelt field is an error, not silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RecentEvent(Body):
+    """One event of a history that comes with the request."""
+
+    item_id: Id
+    event_type: Text | None = None
+    timestamp: Moment | None = None
+    device: Text | None = None
+
+
+class Context(BaseModel):
+    """What the shop knows now; fields of its own are welcome and ignored by models that do not
+    know them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Annotated[str | int | float | bool | None, Field(max_length=128)]]
+
+    timestamp: Moment | None = None
+    """Now, unless given."""
+    timezone: Timezone | None = None
+    device: Text | None = None
+    segment: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_extra(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and len(value) > _MAX_EXTRA:
+            raise ValueError(f"must have at most {_MAX_EXTRA} fields")
+        return value
+
+
+class Filter(Body):
+    """What the list may hold."""
+
+    exclude_seen: bool = True
+    """Leave out every item of the history."""
+    exclude_items: Items = []
+    include_categories: Categories = []
+    """Only these; empty for all."""
+    exclude_categories: Categories = []
+    available_only: bool = False
+    min_price: Price | None = None
+    max_price: Price | None = None
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> "Filter":
+        if (
+            self.min_price is not None
+            and self.max_price is not None
+            and self.min_price > self.max_price
+        ):
+            raise ValueError("min_price must not exceed max_price")
+        return self
+
+
+class RecommendRequest(Body):
+    """One list for one visitor, who is named in exactly one way."""
+
+    user_id: Id | None = None
+    session_id: Id | None = None
+    user_history: Items | None = None
+    """Item ids, oldest first."""
+    recent_events: Annotated[list[RecentEvent], Field(max_length=1000)] | None = None
+    """Oldest first."""
+    top_k: TopK = 10
+    context: Context = Field(default_factory=lambda: Context.model_validate({}))
+    filter: Filter = Filter()
+    explain: bool = False
+    """Say why each item is in the list."""
+    timeout_ms: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one_visitor(self) -> "RecommendRequest":
+        ways = ("user_id", "session_id", "user_history", "recent_events")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of {', '.join(ways)}; got {' and '.join(given) or 'none'}"
+            )
+        return self
+
+
+class SimilarRequest(Body):
+    """One list of items like a given one."""
+
+    item_id: Id
+    top_k: TopK = 10
+    filter: Filter = Filter()
+    explain: bool = False
+    timeout_ms: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
+
+
+class BatchRequest(Body):
+    """Several requests; each is validated and answered on its own."""
+
+    requests: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=100)]
+
+
+class EventIn(Body):
+    """Something that a visitor did."""
+
+    event_id: Text
+    """The shop's own; the same id twice counts once."""
+    user_id: Id | None = None
+    session_id: Id | None = None
+    item_id: Id
+    event_type: Text = "view"
+    timestamp: Moment
+    device: Text | None = None
+    price: Price | None = None
+    quantity: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
+
+    @model_validator(mode="after")
+    def _has_an_owner(self) -> "EventIn":
+        if self.user_id is None and self.session_id is None:
+            raise ValueError("give user_id, session_id or both")
+        return self
+
+
+class EventsRequest(Body):
+    """Events; each is validated on its own."""
+
+    events: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+
+
+class Recommendation(BaseModel):
+    """One item of a list."""
+
+    item_id: int | str
+    score: float
+    """Comparable within one list of one source only."""
+    rank: int
+    """From 1."""
+    reason: Source | None = None
+    """With `explain`: the rung of the ladder that the item came from."""
+
+
+class RecommendResponse(BaseModel):
+    """A list, and how it came about."""
+
+    recommendations: list[Recommendation]
+    recommendation_id: str
+    model_version: str
+    source: Source
+    """Where the list (its first item, if rungs were joined) came from."""
+    degraded: bool
+    """The model should have answered, and could not."""
+    num_input_items: int
+    unknown_items: int
+    """Input items that the model's catalogue does not know."""
+    took_ms: float
+
+
+class FieldFault(BaseModel):
+    """What is wrong with one field."""
+
+    name: str
+    """Path to the field; empty for the whole body."""
+    message: str
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 has it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    """Stable name for programs."""
+    request_id: str
+    fields: list[FieldFault] = []
+
+
+class BatchEntry(BaseModel):
+    """The answer to one request of a batch: `response` with 200, else `problem`."""
+
+    status: int
+    response: RecommendResponse | None = None
+    problem: Problem | None = None
+
+
+class BatchResponse(BaseModel):
+    """Answers in the order of the requests."""
+
+    results: list[BatchEntry]
+
+
+class EventResult(BaseModel):
+    """What became of one event."""
+
+    event_id: str | None
+    status: Literal["accepted", "duplicate", "rejected"]
+    fields: list[FieldFault] = []
+    """Of a rejected event."""
+
+
+class EventsResponse(BaseModel):
+    """What became of each event, in the order given; what is accepted is on disk."""
+
+    accepted: int
+    duplicates: int
+    rejected: int
+    results: list[EventResult]
+
+
+class HistoryEvent(BaseModel):
+    """One event that is known of a user."""
+
+    item_id: int | str
+    event_type: str | None
+    timestamp: datetime | None
+    device: str | None
+
+
+class HistoryResponse(BaseModel):
+    """The latest events of a user, oldest first."""
+
+    user_id: str
+    events: list[HistoryEvent]
+
+
+class ErasedResponse(BaseModel):
+    """What was erased."""
+
+    user_id: str
+    erased_events: int
+
+
+class HealthResponse(BaseModel):
+    """The state of this process and of the ranker behind it."""
+
+    status: Literal["ok", "degraded", "starting"]
+    model_version: str
+    vocab_size: int
+    device: str | None
+    """Of the ranker; unknown until it has answered once."""
+    ranker: Literal["closed", "open", "half-open"]
+    """Circuit breaker: closed is healthy."""

@@ -1,0 +1,124 @@
+import pyarrow as pa
+import pytest
+
+from data_lake.buckets import bucket_of
+from data_lake.errors import TableError
+from data_lake.schemas import TIMESTAMP, events_schema, users_schema
+from data_lake.sequences import SequencesConfig
+from data_lake.tables import commit_parts, create_table, open_table, read_table, upsert, write_part
+from ray_jobs import build_sequences
+from ray_jobs.config import PipelineConfig, StorageConfig
+
+NUM_BUCKETS = 4
+EVENTS = [(1, 10), (1, 11), (2, 10), (2, 10), (2, 12), (3, 10), (4, 13), (4, 11)]
+
+
+def pipeline(tmp_path, **rules):
+    storage = StorageConfig(root=str(tmp_path))
+    return PipelineConfig(
+        name="toy", storage=storage, ingest={}, sequences=SequencesConfig(**rules)
+    )
+
+
+def write_events(tmp_path, rows, *, start=0):
+    """Commits (user, item) rows, one microsecond apart."""
+    lake = str(tmp_path / "lake")
+    schema = events_schema("int64", "int64")
+    table = create_table(lake, "events", schema, num_buckets=NUM_BUCKETS)
+    parts = []
+    for at, (user, item) in enumerate(rows, start):
+        bucket = int(bucket_of(pa.array([user]), NUM_BUCKETS)[0])
+        values = [f"e{at}", user, item, "view", at, "app", None, None, None, 0, at, bucket]
+        row = [
+            pa.array([value], pa.int64() if field.type == TIMESTAMP else field.type).cast(
+                field.type
+            )
+            for value, field in zip(values, schema, strict=True)
+        ]
+        parts.append(write_part(lake, "events", pa.Table.from_arrays(row, schema=schema), bucket))
+    commit_parts(table, parts)
+
+
+def read_sequences(tmp_path):
+    rows = read_table(open_table(str(tmp_path / "lake"), "sequences")).to_pylist()
+    return {row["user_id"]: row for row in rows}
+
+
+@pytest.mark.ray
+def test_events_become_one_sequence_a_user(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    report = build_sequences.run(pipeline(tmp_path))
+    rows = read_sequences(tmp_path)
+    assert {user: row["item_ids"] for user, row in rows.items()} == {
+        1: [10, 11],
+        2: [10, 12],
+        4: [13, 11],
+    }
+    assert rows[1]["user_bucket"] == bucket_of(pa.array([1]), NUM_BUCKETS)[0]
+    assert rows[1]["segment"] is None
+    figures = report.figures
+    assert (figures["removed_repeats"], figures["removed_short_users"]) == (1, 1)
+    assert (figures["users_kept"], figures["events_kept"], figures["median_length"]) == (3, 6, 2)
+
+
+@pytest.mark.ray
+def test_segments_come_from_the_users_table(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    lake = str(tmp_path / "lake")
+    users = create_table(lake, "users", users_schema("int64"), num_buckets=NUM_BUCKETS)
+    new = {"user_id": [1, 2], "segment": ["gold", "new"], "signup_at": pa.nulls(2, TIMESTAMP)}
+    upsert(users, pa.table(new), "user_id")
+    build_sequences.run(pipeline(tmp_path))
+    segments = {user: row["segment"] for user, row in read_sequences(tmp_path).items()}
+    assert segments == {1: "gold", 2: "new", 4: None}
+
+
+@pytest.mark.ray
+def test_nothing_is_built_while_events_and_rules_are_the_same(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    build_sequences.run(pipeline(tmp_path))
+    before = open_table(str(tmp_path / "lake"), "sequences").version()
+    report = build_sequences.run(pipeline(tmp_path, buckets_per_task=3))
+    assert "nothing to do" in report.headline
+    assert open_table(str(tmp_path / "lake"), "sequences").version() == before
+
+
+@pytest.mark.ray
+def test_new_events_replace_the_table_in_one_commit(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    first = build_sequences.run(pipeline(tmp_path)).figures["sequences_version"]
+    write_events(tmp_path, [(3, 14)], start=100)
+    second = build_sequences.run(pipeline(tmp_path)).figures["sequences_version"]
+    assert second == first + 1
+    assert read_sequences(tmp_path)[3]["item_ids"] == [10, 14]
+    assert len(read_sequences(tmp_path)) == 4
+
+
+@pytest.mark.ray
+def test_rare_items_are_counted_over_all_buckets(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    report = build_sequences.run(pipeline(tmp_path, min_item_events=2, buckets_per_task=2))
+    # Items 12 and 13 were seen once; users 2 and 4 are too short without them.
+    assert report.figures["removed_rare_items"] == 2
+    assert list(read_sequences(tmp_path)) == [1]
+
+
+@pytest.mark.ray
+def test_rules_that_leave_nobody_keep_the_old_table(tmp_path, ray_cluster):
+    write_events(tmp_path, EVENTS)
+    build_sequences.run(pipeline(tmp_path))
+    with pytest.raises(TableError, match=r"leave no user of 4; loosen"):
+        build_sequences.run(pipeline(tmp_path, min_user_events=9))
+    assert len(read_sequences(tmp_path)) == 3
+
+
+def test_a_missing_table_says_which_job_makes_it(tmp_path):
+    with pytest.raises(TableError, match=r"no table 'events' .* run ray_jobs\.ingest first"):
+        build_sequences.run(pipeline(tmp_path))
+
+
+def test_an_empty_table_says_so(tmp_path):
+    schema = events_schema("int64", "int64")
+    create_table(str(tmp_path / "lake"), "events", schema, num_buckets=NUM_BUCKETS)
+    with pytest.raises(TableError, match="has no rows"):
+        build_sequences.run(pipeline(tmp_path))

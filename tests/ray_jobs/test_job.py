@@ -1,0 +1,102 @@
+"""What every job shares: configuration, overrides, dry runs and how a job ends."""
+
+import json
+
+import pytest
+
+from ray_jobs.errors import ConfigError, JobError
+from ray_jobs.job import Report, builtin_configs, load_config, main
+
+
+def test_every_configuration_that_comes_with_the_package_is_valid():
+    assert builtin_configs() == ["globo", "ml-1m", "retailrocket", "synthetic"]
+    for name in builtin_configs():
+        assert load_config(name).name == name
+
+
+def test_overrides_replace_single_values():
+    config = load_config("synthetic", ["train.trainer.max_epochs=3", "train.name=abc"])
+    assert config.train.trainer.max_epochs == 3
+    assert config.train.name == "abc"  # a bare word is a string
+
+
+def test_every_wrong_key_is_named_with_its_path():
+    with pytest.raises(ConfigError) as caught:
+        load_config("synthetic", ["train.recipee=a", "serve.port=99999"])
+    assert "train.recipee" in str(caught.value)
+    assert "serve.port" in str(caught.value)
+
+
+def test_a_wrong_recipe_value_is_named():
+    with pytest.raises(ConfigError, match="train.overrides"):
+        load_config("synthetic", ["train.overrides.model.dim=7"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train", "is not KEY=VALUE"), ("seed.x=1", "'seed' is a value, not a section")],
+)
+def test_an_override_that_makes_no_sense_says_why(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("synthetic", [override])
+
+
+def test_a_missing_file_names_what_there_is():
+    with pytest.raises(ConfigError, match="There is no configuration 'nope'; give a path, or one of: globo"):
+        load_config("nope")
+
+
+def test_a_file_that_is_not_toml_is_one_sentence(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("a = = 1")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(str(path))
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    config = load_config("synthetic", ["storage.root=$NOWHERE/x"])
+    with pytest.raises(ConfigError, match="needs the environment variable NOWHERE"):
+        _ = config.storage.lake_uri
+
+
+def _run_never(config):
+    raise AssertionError("a dry run starts nothing")
+
+
+def test_a_dry_run_prints_the_resolved_configuration(capsys):
+    main(_run_never, job="train", argv=["--config", "synthetic", "--dry-run", "--set", "seed=9"])
+    assert json.loads(capsys.readouterr().out)["seed"] == 9
+
+
+def test_wrong_arguments_exit_with_2_and_the_reason_as_last_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(_run_never, job="train", argv=["--config", "synthetic", "--set", "nope=1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train failed: ")
+
+
+def test_a_failed_job_exits_with_1_and_the_reason_as_last_line(capsys, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+
+    def run(config):
+        raise JobError("There is no wine.")
+
+    with pytest.raises(SystemExit) as caught:
+        main(run, job="train", argv=["--config", "synthetic"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "train failed: There is no wine."
+
+
+def test_the_last_line_of_a_report_is_json(capsys, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    report = Report("train", "done", {"items": 1234, "ndcg10": 0.12345})
+    main(lambda config: report, job="train", argv=["--config", "synthetic"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["train: done", "  items   1,234", "  ndcg10  0.1235"]
+    assert json.loads(lines[-1]) == {
+        "job": "train",
+        "headline": "done",
+        "items": 1234,
+        "ndcg10": 0.12345,
+    }

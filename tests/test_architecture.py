@@ -1,0 +1,60 @@
+"""The house: which package may import which, and that importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"recsys", "data_lake", "ray_jobs", "serve_app"}
+FORBIDDEN = {
+    "recsys": {"data_lake", "ray_jobs", "serve_app", "ray", "fastapi", "deltalake"},
+    "data_lake": {"recsys", "ray_jobs", "serve_app", "ray", "torch", "fastapi"},
+    "ray_jobs": {"serve_app", "fastapi"},
+    "serve_app": {"ray_jobs", "data_lake", "deltalake"},
+}
+
+
+def _imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_imports_go_one_way(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in set(_imported(path)) & FORBIDDEN[package]
+    }
+    assert not wrong
+
+
+def test_cluster_holds_no_python():
+    assert not list((ROOT / "cluster").rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_importing_a_module_prints_nothing_and_starts_no_ray(package):
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    program = "\n".join(
+        [*(f"import {module}" for module in modules), "import sys"]
+        + ["ray = sys.modules.get('ray')", "assert ray is None or not ray.is_initialized()"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
