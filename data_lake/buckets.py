@@ -9,15 +9,16 @@ _FNV_PRIME = np.uint64(0x100000001B3)
 
 
 def hash_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """64-bit hashes of int64 or string ids, shape `[len(ids)]`, the same on every machine and version.
+    """64-bit hashes of int64 or string ids, shape `[len(ids)]`, the same on every machine and
+    version.
 
-    Integers go through the finaliser of SplitMix64; strings through FNV-1a over their UTF-8 bytes and then
-    through the same finaliser. Nulls are an error of the caller.
+    Integers go through the finaliser of SplitMix64; strings through FNV-1a over their UTF-8 bytes
+    and then through the same finaliser. Nulls are an error of the caller.
     """
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
     if pa.types.is_integer(ids.type):
-        return _mix(ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64))
+        return mix(ids.to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64))
     return _hash_strings(ids)
 
 
@@ -26,7 +27,8 @@ def bucket_of(ids: pa.Array | pa.ChunkedArray, num_buckets: int) -> np.ndarray:
     return (hash_ids(ids) % np.uint64(num_buckets)).astype(np.int32)
 
 
-def _mix(hashes: np.ndarray) -> np.ndarray:
+def mix(hashes: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: every bit of the result depends on every bit of the argument."""
     hashes = hashes + np.uint64(0x9E3779B97F4A7C15)
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -49,4 +51,4 @@ def _hash_strings(ids: pa.Array) -> np.ndarray:
     for position in range(int(lengths.max(initial=0))):
         alive = longest_first[: np.searchsorted(-lengths[longest_first], -position)]
         hashes[alive] = (hashes[alive] ^ octets[starts[alive] + position]) * _FNV_PRIME
-    return _mix(hashes)[encoded.indices.to_numpy()]
+    return mix(hashes)[encoded.indices.to_numpy()]

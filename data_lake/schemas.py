@@ -1,7 +1,8 @@
 """The tables of the lake: their columns, in order, and how they are partitioned.
 
-An id column is either `int64` or `string`, chosen once when the table is created; `event_id` is always a string.
-Timestamps are microseconds in UTC. Events are ordered by `(timestamp, ingested_at, arrival)`.
+An id column is either `int64` or `string`, chosen once when the table is created; `event_id` is
+always a string. Timestamps are microseconds in UTC. Events are ordered by `(timestamp, ingested_at,
+arrival)`.
 """
 
 from typing import Literal
@@ -17,7 +18,9 @@ _ID_TYPES: dict[str, pa.DataType] = {"int64": pa.int64(), "string": pa.string()}
 
 
 def events_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
-    """One row an interaction; `arrival` orders the rows of one ingest run as they stood in the source."""
+    """One row an interaction; `arrival` orders the rows of one ingest run as they stood in the
+    source.
+    """
     return pa.schema(
         [
             pa.field("event_id", pa.string(), nullable=False),

@@ -138,17 +138,13 @@ def commit_parts(
 
     Raises: ConflictError when another writer got in the way of an overwrite.
     """
-    properties = CommitProperties(
-        custom_metadata=dict(metadata or {}),
-        app_transactions=[Transaction(app_id, version) for app_id, version in transactions],
-    )
     try:
         table.create_write_transaction(
             actions=[part.add_action() for part in parts],
             mode=mode,
             schema=table.schema(),
             partition_by=table.metadata().partition_columns or None,
-            commit_properties=properties,
+            commit_properties=_properties(metadata or {}, transactions),
         )
     except CommitFailedError as error:
         raise ConflictError(
@@ -199,7 +195,9 @@ def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Ta
     return table.to_pyarrow_table(columns=None if columns is None else list(columns))
 
 
-def upsert(table: DeltaTable, rows: pa.Table, key: str) -> dict[str, Any]:
+def upsert(
+    table: DeltaTable, rows: pa.Table, key: str, *, transactions: Sequence[tuple[str, int]] = ()
+) -> dict[str, Any]:
     """Inserts rows, and replaces those whose key is there; the last of equal keys wins.
 
     A bucketed table gets its buckets here. Returns what was inserted and updated.
@@ -214,6 +212,7 @@ def upsert(table: DeltaTable, rows: pa.Table, key: str) -> dict[str, Any]:
             predicate=f"target.{key} = source.{key}",
             source_alias="source",
             target_alias="target",
+            commit_properties=_properties({}, transactions),
         )
         .when_matched_update_all()
         .when_not_matched_insert_all()
@@ -221,6 +220,15 @@ def upsert(table: DeltaTable, rows: pa.Table, key: str) -> dict[str, Any]:
     )
     table.update_incremental()
     return dict(merged)
+
+
+def _properties(
+    metadata: Mapping[str, str], transactions: Sequence[tuple[str, int]]
+) -> CommitProperties:
+    return CommitProperties(
+        custom_metadata=dict(metadata),
+        app_transactions=[Transaction(app_id, version) for app_id, version in transactions],
+    )
 
 
 def _last_of_each(rows: pa.Table, key: str) -> pa.Table:

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from data_lake.sources import IngestConfig
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.sequences import SequencesConfig
+from data_lake.sources import IngestConfig
 from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
 from recsys.context import ContextConfig

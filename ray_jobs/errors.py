@@ -1,7 +1,7 @@
 """What can go wrong in a job, beside what the leaves raise.
 
-    JobError
-    └── ConfigError    a configuration file or an override does not fit
+JobError
+└── ConfigError    a configuration file or an override does not fit
 """
 
 

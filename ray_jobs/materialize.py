@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from data_lake.tables import files_by_bucket, read_files
 
+from data_lake.tables import files_by_bucket, read_files
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main

@@ -2,8 +2,8 @@
 
     python -m ray_jobs.publish --config synthetic
 
-A model that is not above every baseline is refused (`publish.must_beat_baselines`); the version that
-served before then goes on serving.
+A model that is not above every baseline is refused (`publish.must_beat_baselines`); the version
+that served before then goes on serving.
 """
 
 import importlib.metadata

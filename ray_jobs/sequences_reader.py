@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from data_lake.tables import files_by_bucket, open_table, read_files, read_table, table_exists
 from deltalake import DeltaTable
 
 from data_lake.errors import TableError
+from data_lake.tables import files_by_bucket, open_table, read_files, read_table, table_exists
 from ray_jobs.config import PipelineConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder

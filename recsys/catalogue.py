@@ -38,7 +38,7 @@ class Catalogue:
             return cls(table)
         rows = pc.index_in(table["item_id"], items["item_id"].combine_chunks())
         for name in items.column_names:
-            if name != "item_id":
+            if name not in ("item_id", "count"):
                 table = table.append_column(
                     name, items[name].combine_chunks().take(rows.combine_chunks())
                 )
@@ -104,7 +104,7 @@ class Catalogue:
 
 
 def _as_type(item_id: int | str, kind: pa.DataType) -> int | str | None:
-    if pa.types.is_string(kind):
+    if not pa.types.is_integer(kind):
         return str(item_id)
     try:
         number = int(item_id)

@@ -1,5 +1,6 @@
 """Requests and responses of the HTTP contract. Every string and list has a bound."""
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -32,6 +33,14 @@ def _check_timezone(name: str) -> str:
     except (ValueError, OSError, KeyError):
         raise ValueError("must be an IANA time zone, such as Europe/Berlin") from None
     return name
+
+
+def _check_extra(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and len(value) <= 128):
+        return value
+    if isinstance(value, int | float) and math.isfinite(value):
+        return value
+    raise ValueError("must be a number, true, false, null or a text of at most 128 characters")
 
 
 def _reject_boolean(value: Any) -> Any:
@@ -73,7 +82,7 @@ class Context(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    __pydantic_extra__: dict[str, Annotated[str | int | float | bool | None, Field(max_length=128)]]
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_check_extra)]]
 
     timestamp: Moment | None = None
     """Now, unless given."""
