@@ -32,7 +32,8 @@ def mix(hashes: np.ndarray) -> np.ndarray:
     hashes = hashes + np.uint64(0x9E3779B97F4A7C15)
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
+    mixed: np.ndarray = hashes ^ (hashes >> np.uint64(31))
+    return mixed
 
 
 def _hash_strings(ids: pa.Array) -> np.ndarray:
@@ -51,4 +52,5 @@ def _hash_strings(ids: pa.Array) -> np.ndarray:
     for position in range(int(lengths.max(initial=0))):
         alive = longest_first[: np.searchsorted(-lengths[longest_first], -position)]
         hashes[alive] = (hashes[alive] ^ octets[starts[alive] + position]) * _FNV_PRIME
-    return mix(hashes)[encoded.indices.to_numpy()]
+    hashed: np.ndarray = mix(hashes)[encoded.indices.to_numpy()]
+    return hashed

@@ -1,7 +1,7 @@
-"""The two steps of an ingest that run anywhere: cut normalised events by bucket, and merge what
-came for a bucket with what is there."""
+"""The two steps of an ingest that run anywhere: cut the rows of a part by bucket, and merge what
+came for a bucket with what is there. In between are nothing but tables, for the caller to move.
+"""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,9 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_lake.buckets import bucket_of
-from data_lake.normalise import derive_event_ids, normalise
+from data_lake.normalise import Normalised, derive_event_ids, normalise
 from data_lake.schemas import PARTITION, TIMESTAMP, quarantine_schema
 from data_lake.sources import Part, SourceConfig, read_part
 from data_lake.tables import Part as WrittenPart
@@ -27,6 +28,8 @@ class PartTask:
     source: SourceConfig
     part: Part
     index: int
+    is_quarantined: bool = False
+    """An earlier run has committed the bad rows of this file, and was cut short then."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Target:
     schema: pa.Schema
     num_buckets: int
     started_us: int
+    """Microseconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -57,72 +61,63 @@ class MergeReport:
     num_duplicates: int
 
 
-def now_us() -> int:
-    """Microseconds since 1970, UTC."""
-    return time.time_ns() // 1_000
+def load_part(task: PartTask, target: Target) -> tuple[PartReport, pa.Table]:
+    """Reads and checks a part and writes its bad rows to quarantine, uncommitted.
 
-
-def load_part(task: PartTask, target: Target, num_groups: int) -> tuple[PartReport, list[pa.Table]]:
-    """Reads and checks a part, writes its bad rows to quarantine, and cuts the good ones.
-
-    Group `g` of the result holds the events of the buckets `b` with `b % num_groups == g`.
+    Returns the good rows with those columns that the source gives.
     """
     raw = read_part(task.source, task.part)
     checked = normalise(raw, task.source, target.schema, now_us=target.started_us)
-    num_read = raw.columns.num_rows + len(raw.misfits)
-    quarantine = write_rejected(checked.rejected, task, target)
-
-    events = complete_events(checked.rows, task, target)
-    groups = events[PARTITION].to_numpy() % num_groups
-    order = np.argsort(groups, kind="stable")
-    bounds = np.searchsorted(groups[order], np.arange(num_groups + 1))
-    ordered = events.take(pa.array(order))
-    cuts = [ordered.slice(start, stop - start) for start, stop in pairwise(bounds)]
-    return PartReport(num_read, checked.rejected.num_rows, quarantine), cuts
-
-
-def write_rejected(rejected: pa.Table, task: PartTask, target: Target) -> WrittenPart | None:
-    """Writes rejected rows as an uncommitted part of `quarantine`; None when there is none."""
-    if rejected.num_rows == 0:
-        return None
-    rows = rejected.append_column(
-        "source", pa.array([task.part.path] * rejected.num_rows, pa.string())
-    ).append_column("ingested_at", _constant_time(target.started_us, rejected.num_rows))
-    return write_part(
-        target.lake_uri, "quarantine", rows.cast(quarantine_schema()), options=target.options
-    )
+    quarantine = _write_rejected(checked, task, target)
+    return PartReport(raw.num_read, checked.rejected.num_rows, quarantine), checked.rows
 
 
 def complete_events(rows: pa.Table, task: PartTask, target: Target) -> pa.Table:
-    """Adds what the source does not say: ids, order of arrival, bucket, and nulls."""
+    """All columns of the events table, ordered by bucket and arrival: what the source does not say
+    (ids, arrival, bucket) is added.
+    """
     if "event_id" not in rows.column_names:
         rows = rows.append_column("event_id", derive_event_ids(rows))
     arrival = task.index * _ROWS_OF_A_PART + np.arange(rows.num_rows)
+    buckets = bucket_of(rows["user_id"], target.num_buckets)
     added = {
         "ingested_at": _constant_time(target.started_us, rows.num_rows),
         "arrival": pa.array(arrival, pa.int64()),
-        PARTITION: pa.array(bucket_of(rows["user_id"], target.num_buckets)),
+        PARTITION: pa.array(buckets),
     }
-    columns = [
-        added.get(field.name)
-        or (
-            rows[field.name] if field.name in rows.column_names else pa.nulls(len(rows), field.type)
-        )
-        for field in target.schema
-    ]
-    return pa.table(columns, schema=target.schema)
+    given = set(rows.column_names)
+    for field in target.schema:
+        if field.name not in given:
+            values = added.get(field.name)
+            values = pa.nulls(rows.num_rows, field.type) if values is None else values
+            rows = rows.append_column(field, values)
+    # A stable sort of 16-bit numbers is a radix sort.
+    order = np.argsort(buckets.astype(np.int16), kind="stable")
+    return rows.select(target.schema.names).cast(target.schema).take(pa.array(order))
+
+
+def group_edges(num_buckets: int, num_groups: int) -> NDArray[np.int64]:
+    """Group `g` holds the buckets from `edges[g]` to below `edges[g + 1]`."""
+    return np.arange(num_groups + 1) * num_buckets // num_groups
+
+
+def cut_groups(events: pa.Table, edges: NDArray[np.int64]) -> list[pa.Table]:
+    """Events that are ordered by bucket as one table a group."""
+    bounds = np.searchsorted(events[PARTITION].to_numpy(), edges)
+    return [events.slice(start, stop - start) for start, stop in pairwise(bounds)]
 
 
 def merge_group(
     pieces: Sequence[pa.Table], existing: Mapping[int, Sequence[str]], target: Target
 ) -> MergeReport:
-    """Writes the new events of a group of buckets, a part a bucket.
+    """Writes the new events of a group of buckets, a part a bucket, uncommitted.
 
-    An event whose id came before, in this run or in the committed files `existing` of its bucket,
-    is a duplicate; of equal ones the first to arrive is kept.
+    The pieces come in order of arrival, each ordered by bucket. An event whose id came before, in
+    this run or in the committed files `existing` of its bucket, is a duplicate; of equal ones the
+    first to arrive is kept.
     """
     parts, num_duplicates = [], 0
-    for bucket, events in _by_bucket(pa.concat_tables(pieces)):
+    for bucket, events in _by_bucket(pieces):
         known = _known_ids(existing.get(bucket, ()), target.options)
         fresh = drop_duplicates(events, known)
         num_duplicates += events.num_rows - fresh.num_rows
@@ -137,19 +132,30 @@ def drop_duplicates(events: pa.Table, known: pa.Array | None = None) -> pa.Table
         events = events.filter(pc.invert(pc.is_in(events["event_id"], known)))
     ids = events["event_id"].combine_chunks()
     codes = pc.dictionary_encode(ids).indices.to_numpy(zero_copy_only=False)
-    # Codes are numbered as they first appear: an event is new when it exceeds all before it.
-    highest = np.maximum.accumulate(np.concatenate([[-1], codes]))[:-1] if len(codes) else codes
-    is_first = codes > highest
+    # Codes are numbered as they first appear: an event is new when its code exceeds all before it.
+    is_first = np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
     return events if is_first.all() else events.filter(pa.array(is_first))
 
 
-def _by_bucket(events: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    buckets = events[PARTITION].to_numpy()
-    order = np.lexsort((events["arrival"].to_numpy(), buckets))
-    ordered = events.take(pa.array(order))
-    present, starts = np.unique(buckets[order], return_index=True)
-    for bucket, start, stop in zip(present, starts, [*starts[1:], len(order)], strict=True):
-        yield int(bucket), ordered.slice(start, stop - start).combine_chunks()
+def _write_rejected(checked: Normalised, task: PartTask, target: Target) -> WrittenPart | None:
+    rejected = checked.rejected
+    if rejected.num_rows == 0 or task.is_quarantined:
+        return None
+    source = pa.repeat(task.part.path, rejected.num_rows)
+    ingested_at = _constant_time(target.started_us, rejected.num_rows)
+    columns = [rejected["raw"], rejected["reason"], source, ingested_at]
+    rows = pa.table(columns, schema=quarantine_schema())
+    return write_part(target.lake_uri, "quarantine", rows, options=target.options)
+
+
+def _by_bucket(pieces: Sequence[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    columns = [piece[PARTITION].to_numpy() for piece in pieces]
+    for bucket in np.unique(np.concatenate(columns)):
+        slices = []
+        for piece, buckets in zip(pieces, columns, strict=True):
+            start, stop = np.searchsorted(buckets, [bucket, bucket + 1])
+            slices.append(piece.slice(start, stop - start))
+        yield int(bucket), pa.concat_tables(slices).combine_chunks()
 
 
 def _known_ids(files: Sequence[str], options: Mapping[str, str]) -> pa.Array | None:

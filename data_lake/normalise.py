@@ -3,28 +3,32 @@
 A row that does not fit is told apart with the first reason that was found, never dropped.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_lake.buckets import hash_ids, mix
 from data_lake.errors import SourceError
 from data_lake.schemas import TIMESTAMP
 from data_lake.sources import RawRows, SourceConfig
 
+Mask = NDArray[np.bool_]
+
 _US_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _EARLIEST_US = 631_152_000_000_000
 """1990-01-01; a shop's log knows nothing older."""
-_FUTURE_US = 86_400_000_000
-_INTEGER = r"^[+-]?\d{1,18}$"
+_DAY_US = 86_400_000_000
+_BEYOND_US = 4_000_000_000_000_000
+"""The year 2096, and as far before 1970; float64 is exact to the microsecond below it."""
+_INTEGER = r"^[+-]?\d{1,19}(\.0*)?$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
-_ID_COLUMNS = ("user_id", "item_id")
+_INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -38,37 +42,57 @@ class Normalised:
 
 @dataclass(frozen=True)
 class _Column:
+    """Values of one column; bad ones were given, but could not be read, and are null."""
+
     values: pa.Array
-    """Null where nothing was given or where it could not be read."""
-    is_bad: np.ndarray
-    """Given, but not readable."""
+    is_bad: Mask
 
 
-def normalise(
-    raw: RawRows, source: SourceConfig, schema: pa.Schema, *, now_us: int | None = None
-) -> Normalised:
+def check_mapped(source: SourceConfig, schema: pa.Schema, required: tuple[str, ...]) -> None:
+    """Whether a source gives what a table needs, and nothing else.
+
+    Raises: SourceError that names the column.
+    """
+    given = {*source.columns, *source.constants}
+    unknown = sorted({*given, *source.values, *source.first_of} - set(schema.names))
+    if unknown:
+        raise SourceError(
+            f"The source {source.path} maps {', '.join(unknown)}, which the table does not have; "
+            f"it has: {', '.join(schema.names)}."
+        )
+    missing = [name for name in required if name not in given]
+    if missing:
+        raise SourceError(
+            f"The source {source.path} gives no {', '.join(missing)}; add it to `columns` or "
+            "`constants`."
+        )
+
+
+def normalise(raw: RawRows, source: SourceConfig, schema: pa.Schema, *, now_us: int) -> Normalised:
     """Columns of `schema` that the source gives or `constants` set; others are left to the caller.
 
     Args:
-        now_us: time of the load, microseconds; timestamps more than a day later are rejected.
+        now_us: time of the load, microseconds; events more than a day later are rejected.
 
-    Raises: SourceError when a column that may not be null has no source.
+    Raises: SourceError when a column is of a kind that cannot be read at all (say, a list).
     """
-    table, num_rows = raw.columns.combine_chunks(), raw.columns.num_rows
-    columns, reasons = {}, _Reasons(num_rows)
+    columns: dict[str, pa.Array] = {}
+    reasons = _Reasons(raw.columns.num_rows)
     for field in schema:
         if field.name not in source.columns and field.name not in source.constants:
             continue
-        column = _read_column(table, source, field)
+        column = _read_column(raw.columns, source, field)
         columns[field.name] = column.values
         reasons.add(column.is_bad, f"{field.name} is not a {_kind(field.type)}")
         if not field.nullable:
             reasons.add(_is_null(column.values), f"{field.name} is missing")
-        _check_range(field.name, column.values, reasons, now_us)
+        _check_range(field, column.values, reasons, now_us)
 
-    keep = pa.array(reasons.is_good)
-    rows = pa.table(columns, schema=pa.schema([schema.field(name) for name in columns]))
-    return Normalised(rows.filter(keep), _rejected(table, reasons, raw.misfits))
+    rows = pa.table(columns)
+    if not reasons.is_good.all():
+        rows = rows.filter(pa.array(reasons.is_good))
+    rows = rows.cast(pa.schema([schema.field(name) for name in columns]))
+    return Normalised(rows, _rejected(raw, reasons))
 
 
 def derive_event_ids(rows: pa.Table) -> pa.Array:
@@ -78,7 +102,7 @@ def derive_event_ids(rows: pa.Table) -> pa.Array:
     """
     combined = np.zeros(rows.num_rows, np.uint64)
     for name in sorted(rows.column_names):
-        combined = mix(combined ^ _hash_column(rows[name].combine_chunks()))
+        combined = mix(combined ^ _hash_column(_array(rows[name])))
     octets = combined.astype(">u8").view(np.uint8).reshape(-1, 8)
     nibbles = np.stack([octets >> 4, octets & 15], axis=2).reshape(-1)
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)[nibbles]
@@ -93,130 +117,212 @@ class _Reasons:
         self.codes = np.zeros(num_rows, np.int16)
         self.texts = [""]
 
-    def add(self, is_wrong: np.ndarray, text: str) -> None:
+    def add(self, is_wrong: Mask, text: str) -> None:
         if is_wrong.any():
             self.texts.append(text)
             self.codes[is_wrong & (self.codes == 0)] = len(self.texts) - 1
 
     @property
-    def is_good(self) -> np.ndarray:
-        is_good: np.ndarray = self.codes == 0
-        return is_good
+    def is_good(self) -> Mask:
+        return np.equal(self.codes, 0)
+
+
+def _check_range(field: pa.Field, values: pa.Array, reasons: _Reasons, now_us: int) -> None:
+    name = field.name
+    if name == "timestamp":
+        times = values.cast(pa.int64())
+        reasons.add(_true(pc.less(times, _EARLIEST_US)), "timestamp is before 1990")
+        reasons.add(_true(pc.greater(times, now_us + _DAY_US)), "timestamp is in the future")
+    elif field.type == TIMESTAMP:
+        is_far = pc.greater_equal(pc.abs(values.cast(pa.int64())), _BEYOND_US)
+        reasons.add(_true(is_far), f"{name} is out of range")
+    elif name in ("price", "quantity"):
+        reasons.add(_true(pc.less(values, 0)), f"{name} is negative")
+
+
+def _rejected(raw: RawRows, reasons: _Reasons) -> pa.Table:
+    rows = np.flatnonzero(~reasons.is_good)
+    texts = [reasons.texts[code] for code in reasons.codes[rows]]
+    texts += ["the line has another number of fields, or is not JSON"] * len(raw.misfits)
+    shown = raw.show(rows.tolist()) + raw.misfits if texts else []
+    return pa.table({"raw": pa.array(shown, pa.string()), "reason": pa.array(texts, pa.string())})
 
 
 def _read_column(table: pa.Table, source: SourceConfig, field: pa.Field) -> _Column:
-    if field.name in source.constants:
-        given = pa.array([source.constants[field.name]] * table.num_rows, pa.string())
-    else:
-        given = _given(table, source.columns[field.name])
-    if field.name in source.first_of:
-        given = _first_of(given, source.first_of[field.name])
-    if field.name in source.values:
-        given = _mapped(given, source.values[field.name])
-    if given.type == field.type and not pa.types.is_string(given.type):
-        return _Column(given, np.zeros(len(given), bool))
-    if field.type == TIMESTAMP:
-        return _as_timestamps(given, source)
-    return _CASTS[field.type](given)
+    name = field.name
+    try:
+        if name in source.constants:
+            given = pa.repeat(source.constants[name], table.num_rows)
+        else:
+            given = _given(table, source.columns[name])
+        if name in source.first_of:
+            separator = source.first_of[name]
+            given = pc.list_element(pc.split_pattern(_texts(given), separator, max_splits=1), 0)
+        if name in source.values:
+            given = _mapped(_texts(given), source.values[name])
+        return (
+            _as_timestamps(given, source) if field.type == TIMESTAMP else _CASTS[field.type](given)
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SourceError(
+            f"{source.path} has no readable {name} in {source.columns.get(name, '`constants`')!r} "
+            f"({error}); map another column."
+        ) from None
 
 
 def _given(table: pa.Table, names: str | tuple[str, ...]) -> pa.Array:
     if isinstance(names, str):
         return _decoded(_array(table[names]))
-    parts = [_as_strings(_decoded(_array(table[name]))).values for name in names]
+    parts = [_texts(_decoded(_array(table[name]))) for name in names]
     return pc.binary_join_element_wise(*parts, "-")
 
 
-def _as_strings(values: pa.Array) -> _Column:
+def _decoded(values: pa.Array) -> pa.Array:
+    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        return values
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        # Some value is not UTF-8: what cannot be read is shown as such instead of losing the row.
+        texts = [
+            None if value is None else value.decode("utf-8", errors="replace")
+            for value in values.to_pylist()
+        ]
+        return pa.array(texts, pa.string())
+
+
+def _mapped(texts: pa.Array, mapping: dict[str, str]) -> pa.Array:
+    index = pc.index_in(texts, pa.array(list(mapping), pa.string()))
+    return pc.coalesce(pa.array(list(mapping.values()), pa.string()).take(index), texts)
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    """As trimmed text; empty text is null, and 5.0 is "5"."""
+    if pa.types.is_floating(values.type):
+        whole = _as_integers(values)
+        values = values if whole.is_bad.any() else whole.values
     if not pa.types.is_string(values.type):
         values = values.cast(pa.string())
     trimmed = pc.utf8_trim_whitespace(values)
     is_empty = pc.equal(trimmed, "")
-    return _Column(
-        pc.if_else(is_empty, pa.scalar(None, pa.string()), trimmed), np.zeros(len(values), bool)
-    )
+    if not pc.any(is_empty).as_py():
+        return trimmed
+    return pc.if_else(is_empty, pa.scalar(None, pa.string()), trimmed)
+
+
+def _as_texts(values: pa.Array) -> _Column:
+    return _all_good(_texts(values))
 
 
 def _as_integers(values: pa.Array) -> _Column:
+    if pa.types.is_unsigned_integer(values.type):
+        fits = pc.less_equal(values.cast(pa.uint64()), pa.scalar(_INT64_MAX, pa.uint64()))
+        return _where(fits, values, pa.int64())
     if pa.types.is_integer(values.type):
-        return _Column(values.cast(pa.int64()), np.zeros(len(values), bool))
+        return _all_good(values.cast(pa.int64()))
     if pa.types.is_floating(values.type):
-        is_whole = pc.equal(pc.floor(values), values)
-        return _Column(
-            pc.if_else(is_whole, values, None).cast(pa.int64(), safe=False),
-            ~_true(is_whole) & ~_is_null(values),
+        values = _without_nan(values.cast(pa.float64()))
+        is_whole = pc.and_(
+            pc.equal(pc.floor(values), values), pc.less(pc.abs(values), float(2**63))
         )
-    return _parsed(values, _INTEGER, lambda texts: texts.cast(pa.int64()))
+        return _where(is_whole, values, pa.int64())
+    return _parsed(values, _INTEGER, pa.int64())
 
 
 def _as_int32(values: pa.Array) -> _Column:
     column = _as_integers(values)
     fits = pc.and_(pc.less(column.values, 2**31), pc.greater_equal(column.values, -(2**31)))
-    return _Column(
-        pc.if_else(fits, column.values, None).cast(pa.int32()),
-        column.is_bad | (~_true(fits) & ~_is_null(column.values)),
-    )
+    narrow = _where(fits, column.values, pa.int32())
+    return _Column(narrow.values, narrow.is_bad | column.is_bad)
 
 
 def _as_floats(values: pa.Array) -> _Column:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        floats = values.cast(pa.float64())
-        is_finite = pc.is_finite(floats)
-        return _Column(pc.if_else(is_finite, floats, None), ~_true(is_finite) & ~_is_null(floats))
-    return _parsed(values, _NUMBER, lambda texts: texts.cast(pa.float64()))
+        column = _all_good(values.cast(pa.float64(), safe=False))
+    else:
+        column = _parsed(values, _NUMBER, pa.float64())
+    finite = _without_nan(column.values)
+    known = _where(pc.is_finite(finite), finite, pa.float64())
+    return _Column(known.values, known.is_bad | column.is_bad)
 
 
 def _as_booleans(values: pa.Array) -> _Column:
-    texts = pc.utf8_lower(_as_strings(values).values)
+    texts = pc.utf8_lower(_texts(values))
     is_true = pc.is_in(texts, pa.array(["true", "1", "yes"]))
     is_known = pc.or_(is_true, pc.is_in(texts, pa.array(["false", "0", "no"])))
     return _Column(pc.if_else(is_known, is_true, None), ~_true(is_known) & ~_is_null(texts))
 
 
 def _as_timestamps(values: pa.Array, source: SourceConfig) -> _Column:
+    if pa.types.is_date(values.type):
+        values = values.cast(pa.timestamp("ms"))
     if pa.types.is_timestamp(values.type):
-        if values.type.tz is None:
-            values = pc.assume_timezone(values, source.timezone, ambiguous="earliest")
-        return _Column(values.cast(TIMESTAMP, safe=False), np.zeros(len(values), bool))
+        return _all_good(_in_utc(values, source.timezone))
     if source.timestamp_unit == "iso":
-        return _as_iso_timestamps(_as_strings(values).values, source.timezone)
-    numbers = _as_floats(values) if pa.types.is_floating(values.type) else _as_integers(values)
-    factor = _US_PER_UNIT[source.timestamp_unit]
-    # Far beyond every calendar; kept so that the check of the range says so.
-    limit = 4_000_000_000_000_000 // factor
-    clipped = pc.max_element_wise(pc.min_element_wise(numbers.values, limit), -limit)
-    clipped = pc.if_else(pc.is_valid(numbers.values), clipped, None)
-    scaled = pc.multiply(clipped, factor).cast(pa.int64(), safe=False)
-    return _Column(scaled.cast(TIMESTAMP), numbers.is_bad)
+        return _as_iso_timestamps(_texts(values), source.timezone)
+    numbers = _as_floats(values)
+    scaled = pc.multiply(numbers.values, float(_US_PER_UNIT[source.timestamp_unit]))
+    # What is far beyond every calendar is kept at the edge, so that the check of the range says so.
+    near = pc.min_element_wise(scaled, float(_BEYOND_US), skip_nulls=False)
+    near = pc.max_element_wise(near, -float(_BEYOND_US), skip_nulls=False)
+    return _Column(pc.round(near).cast(pa.int64()).cast(TIMESTAMP), numbers.is_bad)
 
 
 def _as_iso_timestamps(texts: pa.Array, timezone: str) -> _Column:
-    zone = ZoneInfo(timezone)
-    # Dates repeat less than rows do, and each distinct text is parsed once.
+    for kind in (TIMESTAMP, pa.timestamp("us")):
+        try:
+            return _all_good(_in_utc(texts.cast(kind), timezone))
+        except pa.ArrowInvalid:
+            pass  # some have an offset and some have none, or some are no time at all
+    # Each distinct text is parsed once.
     encoded = pc.dictionary_encode(texts)
+    zone = ZoneInfo(timezone)
     parsed = [_parse_iso(text, zone) for text in encoded.dictionary.to_pylist()]
     values = pa.array(parsed, TIMESTAMP).take(encoded.indices)
     return _Column(values, _is_null(values) & ~_is_null(texts))
 
 
+def _in_utc(values: pa.Array, timezone: str) -> pa.Array:
+    if values.type.tz is None:
+        values = pc.assume_timezone(values, timezone, ambiguous="earliest", nonexistent="earliest")
+    return values.cast(TIMESTAMP, safe=False)
+
+
 def _parse_iso(text: str, zone: ZoneInfo) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(
-            ZoneInfo("UTC")
-        )
+        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
 
 
-def _parsed(values: pa.Array, pattern: str, cast: Callable[[pa.Array], pa.Array]) -> _Column:
-    texts = _as_strings(values).values
-    fits = pc.match_substring_regex(texts, pattern)
-    return _Column(cast(pc.if_else(fits, texts, None)), ~_true(fits) & ~_is_null(texts))
+def _parsed(values: pa.Array, pattern: str, kind: pa.DataType) -> _Column:
+    """Numbers from text, null and bad where it does not fit the pattern or the type."""
+    texts = _texts(values)
+    try:
+        return _all_good(texts.cast(kind))
+    except pa.ArrowInvalid:
+        encoded = pc.dictionary_encode(texts)
+    words = encoded.dictionary
+    plain = pc.replace_substring_regex(words, r"^\+|\.0*$", "")
+    fitting = pc.if_else(pc.match_substring_regex(words, pattern), plain, None)
+    numbers = _cast_some(fitting, kind).take(encoded.indices)
+    return _Column(numbers, _is_null(numbers) & ~_is_null(texts))
+
+
+def _cast_some(texts: pa.Array, kind: pa.DataType) -> pa.Array:
+    """A cast that gives null where it cannot, found by halving."""
+    try:
+        return texts.cast(kind)
+    except pa.ArrowInvalid:
+        if len(texts) == 1:
+            return pa.nulls(1, kind)
+    middle = len(texts) // 2
+    return pa.concat_arrays([_cast_some(texts[:middle], kind), _cast_some(texts[middle:], kind)])
 
 
 _CASTS: dict[pa.DataType, Callable[[pa.Array], _Column]] = {
-    pa.string(): _as_strings,
+    pa.string(): _as_texts,
     pa.int64(): _as_integers,
     pa.int32(): _as_int32,
     pa.float64(): _as_floats,
@@ -224,56 +330,7 @@ _CASTS: dict[pa.DataType, Callable[[pa.Array], _Column]] = {
 }
 
 
-def _check_range(name: str, values: pa.Array, reasons: _Reasons, now_us: int | None) -> None:
-    if name == "timestamp":
-        times = values.cast(pa.int64())
-        reasons.add(_true(pc.less(times, _EARLIEST_US)), "timestamp is before 1990")
-        if now_us is not None:
-            is_future = _true(pc.greater(times, now_us + _FUTURE_US))
-            reasons.add(is_future, "timestamp is in the future")
-    elif name in ("price", "quantity"):
-        reasons.add(_true(pc.less(values, 0)), f"{name} is negative")
-
-
-def _rejected(table: pa.Table, reasons: _Reasons, misfits: list[str]) -> pa.Table:
-    rows = np.flatnonzero(~reasons.is_good)
-    wrong = table.take(pa.array(rows)).to_pylist()
-    raw = [json.dumps(row, default=_as_json) for row in wrong] + misfits
-    texts = [reasons.texts[code] for code in reasons.codes[rows]]
-    texts += ["the line has another number of fields, or is not JSON"] * len(misfits)
-    return pa.table({"raw": pa.array(raw, pa.string()), "reason": pa.array(texts, pa.string())})
-
-
-def _as_json(value: object) -> str:
-    return (
-        value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
-    )
-
-
-def _decoded(values: pa.Array) -> pa.Array:
-    if not pa.types.is_binary(values.type):
-        return values
-    try:
-        return values.cast(pa.string())
-    except pa.ArrowInvalid:
-        # Some value is not UTF-8: what cannot be read is shown as such instead of losing the row.
-        texts = [
-            None if v is None else v.decode("utf-8", errors="replace") for v in values.to_pylist()
-        ]
-        return pa.array(texts, pa.string())
-
-
-def _mapped(values: pa.Array, mapping: dict[str, str]) -> pa.Array:
-    texts = _as_strings(values).values
-    index = pc.index_in(texts, pa.array(list(mapping), pa.string()))
-    return pc.coalesce(pa.array(list(mapping.values()), pa.string()).take(index), texts)
-
-
-def _first_of(values: pa.Array, separator: str) -> pa.Array:
-    return pc.list_element(pc.split_pattern(_as_strings(values).values, separator, max_splits=1), 0)
-
-
-def _hash_column(values: pa.Array) -> np.ndarray:
+def _hash_column(values: pa.Array) -> NDArray[np.uint64]:
     if pa.types.is_timestamp(values.type):
         values = values.cast(pa.int64())
     if pa.types.is_floating(values.type):
@@ -284,40 +341,38 @@ def _hash_column(values: pa.Array) -> np.ndarray:
 def _kind(kind: pa.DataType) -> str:
     if pa.types.is_timestamp(kind):
         return "time"
-    return (
-        "whole number"
-        if pa.types.is_integer(kind)
-        else "number"
-        if kind == pa.float64()
-        else str(kind)
-    )
+    if pa.types.is_integer(kind):
+        return "whole number"
+    return "number" if pa.types.is_floating(kind) else str(kind)
+
+
+def _where(fits: pa.Array, values: pa.Array, kind: pa.DataType) -> _Column:
+    if _true(fits).sum() + values.null_count < len(values):
+        is_bad = ~_true(fits) & ~_is_null(values)
+        values = pc.if_else(fits, values, pa.scalar(None, values.type))
+        return _Column(values.cast(kind), is_bad)
+    return _all_good(values.cast(kind))
+
+
+def _all_good(values: pa.Array) -> _Column:
+    return _Column(values, np.zeros(len(values), bool))
+
+
+def _without_nan(values: pa.Array) -> pa.Array:
+    """Not a number is how many tools write nothing."""
+    is_nan = pc.is_nan(values)
+    if not pc.any(is_nan).as_py():
+        return values
+    return pc.if_else(is_nan, pa.scalar(None, values.type), values)
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _is_null(values: pa.Array) -> np.ndarray:
-    is_null: np.ndarray = pc.is_null(values).to_numpy(zero_copy_only=False)
-    return is_null
+def _is_null(values: pa.Array) -> Mask:
+    return np.asarray(pc.is_null(values).to_numpy(zero_copy_only=False), bool)
 
 
-def _true(mask: pa.Array) -> np.ndarray:
-    is_true: np.ndarray = pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
-    return is_true
-
-
-def check_mapped(source: SourceConfig, schema: pa.Schema, required: tuple[str, ...]) -> None:
-    mapped = {*source.columns, *source.constants}
-    unknown = sorted(mapped - set(schema.names))
-    if unknown:
-        raise SourceError(
-            f"The source {source.path} maps {', '.join(unknown)}, which the lake does not have; "
-            f"it has: {', '.join(schema.names)}."
-        )
-    missing = [name for name in required if name not in mapped]
-    if missing:
-        raise SourceError(
-            f"The source {source.path} gives no {', '.join(missing)}; add it to `columns` or "
-            "`constants`."
-        )
+def _true(mask: pa.Array) -> Mask:
+    return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), bool)

@@ -1,27 +1,36 @@
 """Raw logs as they come: which files a source has, how they are cut into parts, and how a part is
-read. A part is what one task reads; text stays text here, `normalise` makes sense of it."""
+read. A part is what one task reads; values stay as they came here, `normalise` makes sense of them.
+"""
 
-import glob
+import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from fnmatch import fnmatch
+from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.errors import SourceError
 from data_lake.schemas import IdType
 
-_MOVIELENS_SEPARATOR = b"::"
-_UNIT_SEPARATOR = "\x1f"
-_PART_BYTES = 64 * 1024 * 1024
-_PART_ROWS = 1_000_000
+_FIELD_SEPARATOR = "\x1f"
+"""Stands for MovieLens' `::`, as the reader takes a single character only."""
+_PART_BYTES = 32 * 2**20
+_PART_ROWS = 500_000
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, zip and zstd begin."""
+_LONGEST_LINE_BYTES = 8 * 2**20
+_MANY_ROWS = 100
+"""Fewer rows may all lack a key without the map being wrong."""
+_MUST_OCCUR = ("user_id", "item_id", "event_type", "timestamp")
 
 
 class SourceConfig(BaseModel):
@@ -30,7 +39,8 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A file, a folder (all files in it) or a pattern; may use environment variables."""
+    """A file, a folder (all files below it) or a pattern with `*`, local or a URI; may use
+    environment variables."""
     format: Literal["parquet", "csv", "jsonl", "movielens"]
     """movielens: no header, fields apart by `::`, Latin-1."""
     columns: dict[str, str | tuple[str, ...]]
@@ -45,8 +55,18 @@ class SourceConfig(BaseModel):
     """Names of the columns of a text file without a header."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     timestamp_unit: Literal["s", "ms", "us", "iso"] = "us"
+    """Unit of numbers since 1970; iso: text such as 2025-10-09T08:00:00Z."""
     timezone: str = "UTC"
-    """IANA name; of ISO timestamps that bring no offset of their own."""
+    """IANA name; of timestamps that bring no offset of their own."""
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_known(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (KeyError, ValueError, OSError):
+            raise ValueError(f"there is no time zone {timezone!r}, e.g. Europe/Berlin") from None
+        return timezone
 
 
 class IngestConfig(BaseModel):
@@ -58,6 +78,9 @@ class IngestConfig(BaseModel):
     item_id: IdType = "string"
     num_buckets: int = Field(16, ge=1, le=4096)
     """Fixed when the tables are created; 1 to 3 million events a bucket are a good size."""
+    again: bool = False
+    """Reads files that were ingested before, say after a correction of `columns`; events whose id
+    is in the lake still stay once."""
     events: tuple[SourceConfig, ...] = Field(min_length=1)
     items: tuple[SourceConfig, ...] = ()
     users: tuple[SourceConfig, ...] = ()
@@ -74,41 +97,59 @@ class Part:
 
 @dataclass(frozen=True)
 class RawRows:
+    """What was read of a part."""
+
     columns: pa.Table
+    """At least the columns that are mapped; of any type."""
     misfits: list[str]
+    """Lines that are no row at all."""
+    show: Callable[[Sequence[int]], list[str]]
+    """The whole rows of these indices as text, for quarantine."""
+
+    @property
+    def num_read(self) -> int:
+        return int(self.columns.num_rows) + len(self.misfits)
 
 
 def list_files(source: SourceConfig, path: str) -> list[str]:
-    """The files of a source in order, `path` being the expanded one.
+    """The files of a source by name, `path` being the expanded one; hidden ones are left out.
 
     Raises: SourceError when there is none.
     """
-    found = sorted(glob.glob(path))
-    if len(found) == 1 and Path(found[0]).is_dir():
-        found = sorted(str(file) for file in Path(found[0]).iterdir() if file.is_file())
+    filesystem, name = _locate(path)
+    scheme = path[: len(path) - len(name)] if path.endswith(name) else ""
+    found = [scheme + file for file in _matching_files(filesystem, name)]
     if not found:
         raise SourceError(f"There is no file {path}; check the path of the {source.format} source.")
-    return found
+    return sorted(found)
 
 
 def digest_file(path: str) -> str:
     """sha256 of a file's bytes, by which it is known again."""
-    with open(path, "rb") as file:
+    with _open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cut_file(source: SourceConfig, path: str) -> list[Part]:
-    """Parts of one file in the order of its rows. Raises: SourceError if it cannot be read."""
+    """Parts of one file in the order of its rows; none if it is empty.
+
+    Raises: SourceError when it cannot be read or lacks a mapped column.
+    """
     if source.format == "parquet":
-        return list(_cut_parquet(path))
-    size = Path(path).stat().st_size
+        return list(_cut_parquet(source, path))
+    with _open(path) as file:
+        size, magic = file.size(), file.read(4)
+    if magic.startswith(_COMPRESSED):
+        raise SourceError(f"{path} is compressed; unpack it, for text is read from the middle too.")
+    if size and source.format != "jsonl":
+        _check_columns(source, path, _field_names(source, path))
     return [
         Part(path, start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)
     ]
 
 
 def read_part(source: SourceConfig, part: Part) -> RawRows:
-    """The source's columns that are mapped, of one part.
+    """The rows of one part, as they came.
 
     Raises: SourceError when the file is broken or lacks a mapped column.
     """
@@ -116,28 +157,70 @@ def read_part(source: SourceConfig, part: Part) -> RawRows:
         return _read_parquet(source, part)
     text = _read_lines(part)
     if source.format == "jsonl":
-        return _read_json_lines(source, text)
+        return _read_json_lines(source, part, text)
     if source.format == "movielens":
-        text = text.decode("latin-1").encode().replace(_MOVIELENS_SEPARATOR, b"\x1f")
+        separator = _FIELD_SEPARATOR.encode()
+        text = text.decode("latin-1").encode().replace(b"::", separator)
     return _read_delimited(source, part, text)
 
 
 def wanted_columns(source: SourceConfig) -> list[str]:
     """Names of the source's columns that the map uses, each once."""
+    return _named(source.columns.values())
+
+
+def _named(columns: Iterable[str | tuple[str, ...]]) -> list[str]:
     names: dict[str, None] = {}
-    for column in source.columns.values():
+    for column in columns:
         names.update(dict.fromkeys((column,) if isinstance(column, str) else column))
     return list(names)
 
 
-def _cut_parquet(path: str) -> Iterator[Part]:
+def _locate(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in path:
+        return pafs.LocalFileSystem(), path
+    filesystem, name = pafs.FileSystem.from_uri(path)
+    return filesystem, name
+
+
+def _open(path: str) -> Any:
+    filesystem, name = _locate(path)
+    return filesystem.open_input_file(name)
+
+
+def _matching_files(filesystem: pafs.FileSystem, name: str) -> list[str]:
+    info = filesystem.get_file_info(name)
+    if info.type == pafs.FileType.File:
+        return [name]
+    # A pattern is looked for below the last folder whose name is plain.
+    is_pattern = info.type == pafs.FileType.NotFound and "*" in name
+    base = name.partition("*")[0].rpartition("/")[0] if is_pattern else name
+    below = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+    files = [found.path for found in filesystem.get_file_info(below) if found.is_file]
+    visible = [file for file in files if not _is_hidden(file.removeprefix(base))]
+    return [file for file in visible if _fits(file, name)] if is_pattern else visible
+
+
+def _is_hidden(name: str) -> bool:
+    return any(step.startswith((".", "_")) for step in name.split("/"))
+
+
+def _fits(file: str, pattern: str) -> bool:
+    steps, patterns = file.split("/"), pattern.split("/")
+    return len(steps) == len(patterns) and all(map(fnmatch, steps, patterns))
+
+
+def _cut_parquet(source: SourceConfig, path: str) -> Iterator[Part]:
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as stream:
+            file = pq.ParquetFile(stream)
+            names = file.schema_arrow.names
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(
             f"{path} is not a whole Parquet file ({error}); deliver it again."
         ) from None
+    _check_columns(source, path, names)
     start, rows = 0, 0
     for group, size in enumerate(sizes):
         rows += size
@@ -147,89 +230,134 @@ def _cut_parquet(path: str) -> Iterator[Part]:
 
 
 def _read_parquet(source: SourceConfig, part: Part) -> RawRows:
-    with pq.ParquetFile(part.path) as file:
-        _check_columns(source, part.path, file.schema_arrow.names)
+    def read(columns: list[str] | None) -> pa.Table:
         try:
-            groups = list(range(part.start, part.stop))
-            return RawRows(file.read_row_groups(groups, columns=wanted_columns(source)), [])
+            with _open(part.path) as stream:
+                groups = list(range(part.start, part.stop))
+                return pq.ParquetFile(stream).read_row_groups(groups, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise SourceError(f"{part.path} cannot be read ({error}); deliver it again.") from None
+
+    # Columns that nobody maps are read for the rows that are shown, which are few or none.
+    return RawRows(read(wanted_columns(source)), [], lambda rows: show_as_json(read(None), rows))
+
+
+def show_as_json(table: pa.Table, rows: Sequence[int]) -> list[str]:
+    """Rows of a table as JSON objects; what JSON lacks becomes text."""
+    if not len(rows):
+        return []
+    return [json.dumps(row, default=_json_text) for row in table.take(rows).to_pylist()]
+
+
+def _json_text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="backslashreplace")
+    return str(value)
 
 
 def _read_lines(part: Part) -> bytes:
     # A line belongs to the part in which it starts.
-    with open(part.path, "rb") as file:
+    with io.BufferedReader(_open(part.path)) as file:
         if part.start > 0:
             file.seek(part.start - 1)
             file.readline()
         start = file.tell()
         if start >= part.stop:
             return b""
-        return file.read(part.stop - start) + file.readline()
+        text = file.read(part.stop - start)
+        return text if text.endswith(b"\n") else text + file.readline()
 
 
 def _read_delimited(source: SourceConfig, part: Part, text: bytes) -> RawRows:
-    names = source.column_names or _header(source, part.path)
-    _check_columns(source, part.path, names)
+    names = _field_names(source, part.path)
     if source.column_names is None and part.start == 0:
         text = text.partition(b"\n")[2]
-    if not text.strip():
-        empty = {name: pa.array([], pa.binary()) for name in wanted_columns(source)}
-        return RawRows(pa.table(empty), [])
-
     misfits: list[str] = []
+    if text.strip():
+        table = _parse_fields(source, part, text, names, misfits)
+    else:
+        table = pa.table({name: pa.array([], pa.binary()) for name in names})
+    return RawRows(table, misfits, lambda rows: show_as_json(table, rows))
 
+
+def _parse_fields(
+    source: SourceConfig, part: Part, text: bytes, names: Sequence[str], misfits: list[str]
+) -> pa.Table:
     def keep_misfit(row: pacsv.InvalidRow) -> str:
         misfits.append(str(row.text))
         return "skip"
 
     is_movielens = source.format == "movielens"
-    table = pacsv.read_csv(
-        io.BytesIO(text),
-        read_options=pacsv.ReadOptions(column_names=list(names), use_threads=False),
-        parse_options=pacsv.ParseOptions(
-            delimiter=_UNIT_SEPARATOR if is_movielens else source.delimiter,
-            quote_char=False if is_movielens else '"',
-            invalid_row_handler=keep_misfit,
-        ),
-        convert_options=pacsv.ConvertOptions(
-            column_types={name: pa.binary() for name in names},
-            include_columns=wanted_columns(source),
-            strings_can_be_null=True,
-            null_values=[""],
-            quoted_strings_can_be_null=True,
-        ),
-    )
-    return RawRows(table, misfits)
+    try:
+        return pacsv.read_csv(
+            io.BytesIO(text),
+            read_options=pacsv.ReadOptions(
+                column_names=list(names), use_threads=False, block_size=_LONGEST_LINE_BYTES
+            ),
+            parse_options=pacsv.ParseOptions(
+                delimiter=_FIELD_SEPARATOR if is_movielens else source.delimiter,
+                quote_char=False if is_movielens else '"',
+                invalid_row_handler=keep_misfit,
+            ),
+            convert_options=pacsv.ConvertOptions(
+                column_types={name: pa.binary() for name in names},
+                strings_can_be_null=True,
+                null_values=[""],
+                quoted_strings_can_be_null=True,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise SourceError(
+            f"{part.path} cannot be read as {source.format} ({error}); correct its quotes or lines."
+        ) from None
 
 
-def _header(source: SourceConfig, path: str) -> tuple[str, ...]:
-    with open(path, "rb") as file:
-        line = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
-    return tuple(name.strip().strip('"') for name in line.split(source.delimiter))
+def _field_names(source: SourceConfig, path: str) -> list[str]:
+    if source.column_names is not None:
+        return list(source.column_names)
+    if source.format == "movielens":
+        raise SourceError(f"{path} has no header; give its `column_names`.")
+    with io.BufferedReader(_open(path)) as file:
+        line = file.readline().decode("utf-8-sig", errors="replace")
+    header = next(csv.reader([line.rstrip("\r\n")], delimiter=source.delimiter), [])
+    return [name.strip() for name in header]
 
 
-def _read_json_lines(source: SourceConfig, text: bytes) -> RawRows:
-    names, misfits = wanted_columns(source), []
-    columns: dict[str, list[str | None]] = {name: [] for name in names}
-    for line in text.decode("utf-8", errors="replace").splitlines():
+def _read_json_lines(source: SourceConfig, part: Part, text: bytes) -> RawRows:
+    lines: list[str] = []
+    rows: list[dict[str, object]] = []
+    misfits: list[str] = []
+    # Not splitlines(): JSON allows further line separators inside of strings.
+    for line in text.decode("utf-8", errors="replace").split("\n"):
         row = _parse_object(line)
-        if row is None:
-            if line.strip():
-                misfits.append(line)
-            continue
-        for name in names:
-            columns[name].append(_as_text(row.get(name)))
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    return RawRows(table, misfits)
+        if row is not None:
+            lines.append(line)
+            rows.append(row)
+        elif line.strip():
+            misfits.append(line)
+
+    _check_keys(source, part, rows)
+    columns = {name: _as_array([row.get(name) for row in rows]) for name in wanted_columns(source)}
+    return RawRows(pa.table(columns), misfits, lambda wanted: [lines[row] for row in wanted])
 
 
 def _parse_object(line: str) -> dict[str, object] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def _as_array(values: list[object]) -> pa.Array:
+    """One type where the values have one, else text."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([_as_text(value) for value in values], pa.string())
+    if pa.types.is_nested(array.type) or pa.types.is_null(array.type):
+        return pa.array([_as_text(value) for value in values], pa.string())
+    return array
 
 
 def _as_text(value: object) -> str | None:
@@ -238,8 +366,23 @@ def _as_text(value: object) -> str | None:
     return json.dumps(value)
 
 
-def _check_columns(source: SourceConfig, path: str, found: tuple[str, ...] | list[str]) -> None:
-    missing = [name for name in wanted_columns(source) if name not in found]
+def _check_keys(source: SourceConfig, part: Part, rows: list[dict[str, object]]) -> None:
+    """A key may be missing in some rows; in all of many it is the map that is wrong."""
+    if len(rows) < _MANY_ROWS:
+        return
+    found: dict[str, None] = {}
+    for row in rows:
+        found.update(dict.fromkeys(row))
+    columns = [source.columns[name] for name in _MUST_OCCUR if name in source.columns]
+    _refuse_missing(part.path, _named(columns), list(found))
+
+
+def _check_columns(source: SourceConfig, path: str, found: Sequence[str]) -> None:
+    _refuse_missing(path, wanted_columns(source), found)
+
+
+def _refuse_missing(path: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in found]
     if missing:
         raise SourceError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has: {', '.join(found)}. "

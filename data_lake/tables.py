@@ -26,6 +26,15 @@ from data_lake.schemas import PARTITION
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
+_S3_ARGUMENTS = {
+    "access_key_id": "access_key",
+    "secret_access_key": "secret_key",
+    "session_token": "session_token",
+    "region": "region",
+    "endpoint_url": "endpoint_override",
+    "endpoint": "endpoint_override",
+}
+_UNIQUE_COLUMNS = ("event_id", "arrival", "raw")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def table_uri(lake_uri: str, name: str) -> str:
 
 def table_exists(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> bool:
     """Whether the table was created."""
-    return DeltaTable.is_deltatable(table_uri(lake_uri, name), dict(options or {}))
+    return bool(DeltaTable.is_deltatable(table_uri(lake_uri, name), dict(options or {})))
 
 
 def open_table(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> DeltaTable:
@@ -114,16 +123,18 @@ def write_part(
 
     The partition column is left out of the file, as Delta wants it.
     """
-    filesystem, root = _filesystem(table_uri(lake_uri, name), options)
     folder = "" if bucket is None else f"{PARTITION}={bucket}/"
     path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
     if PARTITION in rows.column_names:
         rows = rows.drop_columns([PARTITION])
-    if folder:
-        filesystem.create_dir(f"{root}/{folder}", recursive=True)
-    pq.write_table(rows, f"{root}/{path}", filesystem=filesystem, compression="zstd")
-    size = filesystem.get_file_info(f"{root}/{path}").size
-    return Part(path, rows.num_rows, size, bucket, int(time.time() * 1000), _statistics(rows))
+    written = pa.BufferOutputStream()
+    # Ids that hardly repeat only waste a dictionary.
+    repeating = [name for name in rows.column_names if name not in _UNIQUE_COLUMNS]
+    pq.write_table(rows, written, compression="zstd", use_dictionary=repeating)
+    content = written.getvalue()
+    _write_file(f"{table_uri(lake_uri, name)}/{path}", content, options)
+    written_at_ms = time.time_ns() // 1_000_000
+    return Part(path, rows.num_rows, content.size, bucket, written_at_ms, _statistics(rows))
 
 
 def commit_parts(
@@ -136,7 +147,8 @@ def commit_parts(
 ) -> int:
     """Makes parts visible in one commit, and returns the table's new version.
 
-    Raises: ConflictError when another writer got in the way of an overwrite.
+    Raises: ConflictError when another writer overwrote the table, or committed a transaction of the
+        same name, since `table` was opened.
     """
     try:
         table.create_write_transaction(
@@ -147,16 +159,21 @@ def commit_parts(
             commit_properties=_properties(metadata or {}, transactions),
         )
     except CommitFailedError as error:
-        raise ConflictError(
-            f"Another job changed {table.table_uri} at the same time ({error}); run this one again."
-        ) from error
+        raise _conflict(table, error) from error
     table.update_incremental()
-    return table.version()
+    return int(table.version())
 
 
 def has_transaction(table: DeltaTable, app_id: str) -> bool:
     """Whether a commit with this application id has landed."""
     return table.transaction_version(app_id) is not None
+
+
+def last_metadata(table: DeltaTable, key: str) -> str | None:
+    """The newest value of a key that `commit_parts` or `upsert` put into the log."""
+    # Maintenance commits (compaction, vacuum) may stand above the one that has it.
+    values = (commit[key] for commit in table.history() if key in commit)
+    return next(values, None)
 
 
 def files_by_bucket(table: DeltaTable) -> dict[int, list[str]]:
@@ -181,13 +198,18 @@ def read_files(
     columns: Sequence[str] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> pa.Table:
-    """Rows of Parquet files of one table, in the order of the files; columns of the files only."""
+    """Rows of one or more Parquet files of a table, in the order of the files.
+
+    The columns of the files only: the partition column is not among them.
+    """
+    wanted = None if columns is None else list(columns)
     tables = []
     for uri in files:
         filesystem, path = _filesystem(uri, options)
-        wanted = None if columns is None else list(columns)
-        tables.append(pq.ParquetFile(filesystem.open_input_file(path)).read(wanted))
-    return pa.concat_tables(tables, promote_options="default")
+        with filesystem.open_input_file(path) as stream:
+            tables.append(pq.ParquetFile(stream).read(wanted))
+    rows = pa.concat_tables(tables, promote_options="default")
+    return rows if wanted is None else rows.select(wanted)
 
 
 def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
@@ -196,30 +218,46 @@ def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Ta
 
 
 def upsert(
-    table: DeltaTable, rows: pa.Table, key: str, *, transactions: Sequence[tuple[str, int]] = ()
+    table: DeltaTable,
+    rows: pa.Table,
+    key: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Inserts rows, and replaces those whose key is there; the last of equal keys wins.
+    """Inserts rows, and updates those whose key is there; the last of equal keys wins.
 
-    A bucketed table gets its buckets here. Returns what was inserted and updated.
+    Columns that `rows` lacks are left as they are, null in a new row. A bucketed table gets its
+    buckets here. Returns the counts of the merge.
+
+    Raises: ConflictError when another writer changed the same rows.
     """
     rows = _last_of_each(rows, key)
+    predicate = f"target.{key} = source.{key}"
     if table.metadata().partition_columns:
-        buckets = bucket_of(rows[key], num_buckets_of(table))
-        rows = rows.append_column(pa.field(PARTITION, pa.int32()), pa.array(buckets))
-    merged = (
-        table.merge(
-            rows,
-            predicate=f"target.{key} = source.{key}",
-            source_alias="source",
-            target_alias="target",
-            commit_properties=_properties({}, transactions),
-        )
-        .when_matched_update_all()
-        .when_not_matched_insert_all()
-        .execute()
+        buckets = pa.array(bucket_of(rows[key], num_buckets_of(table)))
+        rows = rows.append_column(pa.field(PARTITION, pa.int32()), buckets)
+        predicate += f" AND target.{PARTITION} = source.{PARTITION}"
+
+    values = {name: f"source.{name}" for name in rows.column_names}
+    merge = table.merge(
+        rows,
+        predicate=predicate,
+        source_alias="source",
+        target_alias="target",
+        commit_properties=_properties(metadata or {}, ()),
     )
+    try:
+        merged = merge.when_matched_update(values).when_not_matched_insert(values).execute()
+    except CommitFailedError as error:
+        raise _conflict(table, error) from error
     table.update_incremental()
     return dict(merged)
+
+
+def _conflict(table: DeltaTable, error: CommitFailedError) -> ConflictError:
+    return ConflictError(
+        f"Another job changed {table.table_uri} at the same time ({error}); run this one again."
+    )
 
 
 def _properties(
@@ -248,8 +286,8 @@ def _check_same(table: DeltaTable, name: str, schema: pa.Schema, num_buckets: in
             )
     if num_buckets is not None and num_buckets_of(table) != num_buckets:
         raise TableError(
-            f"The table {name!r} has {num_buckets_of(table)} buckets, not {num_buckets}; the number "
-            "is fixed when a table is created."
+            f"The table {name!r} has {num_buckets_of(table)} buckets, not {num_buckets}; the "
+            "number is fixed when a table is created."
         )
 
 
@@ -274,7 +312,28 @@ def _as_json(value: Any) -> Any:
     return value.isoformat().replace("+00:00", "Z") if hasattr(value, "isoformat") else value
 
 
+def _write_file(uri: str, content: pa.Buffer, options: Mapping[str, str] | None) -> None:
+    filesystem, path = _filesystem(uri, options)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)
+
+
 def _filesystem(uri: str, options: Mapping[str, str] | None) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
-    return pafs.FileSystem.from_uri(uri)
+    if uri.startswith(("s3://", "s3a://")) and options:
+        return pafs.S3FileSystem(**_s3_arguments(options)), uri.partition("://")[2]
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return filesystem, path
+
+
+def _s3_arguments(options: Mapping[str, str]) -> dict[str, str]:
+    """Options as deltalake takes them, as pyarrow takes them."""
+    given = {name.lower().removeprefix("aws_"): value for name, value in options.items()}
+    arguments = {ours: given[theirs] for theirs, ours in _S3_ARGUMENTS.items() if theirs in given}
+    if "endpoint_override" in arguments:
+        scheme, _, host = arguments["endpoint_override"].rpartition("://")
+        arguments |= {"scheme": scheme or "https", "endpoint_override": host}
+    return arguments

@@ -118,9 +118,13 @@ def _last_stamp(sources: Sources) -> dict[str, Any] | None:
     """What the newest sequences were built from, None without any."""
     if not table_exists(sources.lake_uri, "sequences", sources.options):
         return None
-    table = open_table(sources.lake_uri, "sequences", sources.options)
+    return read_stamp(open_table(sources.lake_uri, "sequences", sources.options))
+
+
+def read_stamp(sequences: DeltaTable) -> dict[str, Any] | None:
+    """Versions and rules that this version of the sequences table was built from."""
     # Maintenance commits (compaction, vacuum) may stand above the one that we look for.
-    stamps = (commit[_STAMP] for commit in table.history() if _STAMP in commit)
+    stamps = (commit[_STAMP] for commit in sequences.history() if _STAMP in commit)
     newest = next(stamps, None)
     stamp: dict[str, Any] | None = None if newest is None else json.loads(newest)
     return stamp

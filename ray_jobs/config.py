@@ -114,7 +114,7 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    deadline_ms: float = Field(70, gt=0)
+    deadline_ms: int = Field(70, ge=1)
     """A request that the model has not answered by then is answered by the next rung."""
 
 
@@ -148,7 +148,8 @@ def expand(path: str) -> str:
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset:
         raise ConfigError(
-            f"{path!r} needs the environment variable {unset[1]}, which is not set; set it to a folder."
+            f"{path!r} needs the environment variable {unset[1]}, which is not set; "
+            "set it to a folder."
         )
     if "://" in expanded:
         return expanded.rstrip("/")

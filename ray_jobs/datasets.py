@@ -68,7 +68,8 @@ def fetch(download: Download, folder: Path) -> None:
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != download.md5:
         raise JobError(
-            f"{download.url} has the md5 {digest}, not the published {download.md5}; try again later."
+            f"{download.url} has the md5 {digest}, not the published {download.md5}; "
+            "try again later."
         )
     archive.write_bytes(content)
     with zipfile.ZipFile(archive) as zipped:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
+from ray.exceptions import RayTaskError
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
@@ -72,7 +73,11 @@ def run(config: PipelineConfig) -> Report:
 
     num_cpus, num_gpus = _largest_worker()
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(evaluate_run)
-    evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus))
+    try:
+        evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus))
+    except RayTaskError as error:
+        # The worker's own error: one sentence, without the worker's traceback in it.
+        raise error.cause from error
     pq.write_table(ranks, finished.folder / "ranks.parquet")
     (finished.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
     return _report(finished, evaluation)

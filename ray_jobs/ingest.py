@@ -7,232 +7,290 @@ events are committed together at the end of a run or not at all. Rows that canno
 table `quarantine`, each with its reason.
 """
 
+import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import ray
 from deltalake import DeltaTable
+from ray.exceptions import RayTaskError
 
-from data_lake.errors import SourceError
+from data_lake.errors import LakeError, SourceError
 from data_lake.ingest import (
     MergeReport,
     PartReport,
     PartTask,
     Target,
+    complete_events,
+    cut_groups,
+    group_edges,
     load_part,
     merge_group,
-    now_us,
-    write_rejected,
 )
-from data_lake.normalise import check_mapped, normalise
-from data_lake.schemas import events_schema, items_schema, quarantine_schema, users_schema
-from data_lake.sources import SourceConfig, cut_file, digest_file, list_files, read_part
+from data_lake.normalise import check_mapped
+from data_lake.schemas import (
+    PARTITION,
+    events_schema,
+    items_schema,
+    quarantine_schema,
+    users_schema,
+)
+from data_lake.sources import Part, SourceConfig, cut_file, digest_file, list_files
 from data_lake.tables import (
     commit_parts,
     create_table,
     files_by_bucket,
     has_transaction,
+    last_metadata,
     upsert,
 )
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.job import Report, main, timed
 
-_REQUIRED = ("user_id", "item_id", "event_type", "timestamp")
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The tables that an ingest writes."""
-
-    events: DeltaTable
-    items: DeltaTable
-    users: DeltaTable
-    quarantine: DeltaTable
+_MAX_GROUPS = 64
+"""Groups of buckets in one run: as many pieces come of a part, and so much is merged at once."""
+_SOURCES = "nextitem.sources"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that is new to the lake."""
+    """A file that was found, and the parts that it is read in."""
 
     source: SourceConfig
     path: str
     digest: str
+    parts: list[Part]
 
-    @property
-    def transaction(self) -> tuple[str, int]:
-        """Under which the log remembers the file."""
-        return f"ingest:{self.digest}", 1
+    def transaction(self, kind: str) -> tuple[str, int]:
+        """Under which the log of a table remembers the file."""
+        return f"{kind}:{self.digest}", 1
+
+
+@dataclass(frozen=True)
+class Input:
+    """What feeds one table."""
+
+    kind: str
+    """events, items or users"""
+    key: str
+    target: Target
+    table: DeltaTable
+    quarantine: DeltaTable
+    files: list[SourceFile]
 
 
 def run(config: PipelineConfig) -> Report:
     """Ingests everything that is new. Raises: SourceError, TableError, ConflictError."""
     started = time.perf_counter()
-    _check_sources(config)
-    every_file = _find_files(config.ingest.events)
-    target = _target(config)
-    tables = _create_tables(config, target)
-    files = [file for file in every_file if not has_transaction(tables.events, file.transaction[0])]
+    started_us = time.time_ns() // 1_000
+    with timed("look at the sources"):
+        found = {kind: _find_files(config, kind) for kind in ("items", "users", "events")}
+    inputs = {kind: _open_input(config, kind, found[kind], started_us) for kind in found}
 
-    with timed("items and users"):
-        num_items = _upsert_all(config, config.ingest.items, tables.items, "item_id", target)
-        num_users = _upsert_all(config, config.ingest.users, tables.users, "user_id", target)
-    figures: dict[str, Any] = {
-        "files": len(files),
-        "files_known_already": len(every_file) - len(files),
-        "items_upserted": num_items,
-        "users_upserted": num_users,
-    }
-    if files:
-        figures |= _ingest_events(files, tables, target)
-    figures["events_version"] = tables.events.version()
+    figures: dict[str, Any] = {}
+    for kind in ("items", "users"):
+        with timed(kind):
+            figures |= _ingest_attributes(inputs[kind], again=config.ingest.again)
+    new = _only_new(inputs["events"], again=config.ingest.again)
+    figures["files"] = len(new.files)
+    figures["files_known_already"] = len(found["events"]) - len(new.files)
+    if new.files:
+        with timed("events"):
+            figures |= _ingest_events(new)
+    figures["events_version"] = new.table.version()
     figures["seconds"] = time.perf_counter() - started
-    if not files:
-        return Report("ingest", "every file was ingested before, nothing to do", figures)
+    if not new.files:
+        return Report("ingest", "every file of events was ingested before", figures)
     return Report("ingest", f"{figures['committed']:,} events committed", figures)
 
 
-def _ingest_events(files: list[SourceFile], tables: Tables, target: Target) -> dict[str, int]:
+def _ingest_events(new: Input) -> dict[str, Any]:
     started = time.perf_counter()
-    reports, merged = _shuffle(_cut(files), files_by_bucket(tables.events), target)
+    reports, merged = _load_and_merge(new)
     num_read = sum(report.num_read for report in reports)
     num_rejected = sum(report.num_rejected for report in reports)
-    if num_read == 0:
-        raise SourceError(f"{files[0].path} has no rows; check what was delivered.")
+    _refuse_empty(new, num_read)
     parts = [part for report in merged for part in report.parts]
     num_committed = sum(part.num_rows for part in parts)
     num_duplicates = sum(report.num_duplicates for report in merged)
     assert num_read == num_committed + num_duplicates + num_rejected
 
-    # Quarantine first: when only it lands, the next run knows, and events stay all or nothing.
-    transactions = [file.transaction for file in files]
-    bad = [report.quarantine for report in reports if report.quarantine is not None]
-    if bad and not has_transaction(tables.quarantine, transactions[0][0]):
-        commit_parts(tables.quarantine, bad, transactions=transactions)
-    metadata = {"nextitem.ingest": f"{num_committed} events of {len(files)} files"}
-    commit_parts(tables.events, parts, metadata=metadata, transactions=transactions)
-    return {
+    # Quarantine first: should only it land, the next run knows, and events stay all or nothing.
+    _commit_quarantine(new, reports)
+    counts = {
         "read": num_read,
         "committed": num_committed,
         "duplicate": num_duplicates,
         "quarantined": num_rejected,
-        "rows_per_s": round(num_read / (time.perf_counter() - started)),
     }
+    commit_parts(
+        new.table,
+        parts,
+        metadata={f"nextitem.{name}": str(count) for name, count in counts.items()},
+        transactions=[file.transaction("events") for file in new.files],
+    )
+    return counts | {"rows_per_s": round(num_read / (time.perf_counter() - started))}
 
 
-def _shuffle(
-    tasks: list[PartTask], existing: dict[int, list[str]], target: Target
-) -> tuple[list[PartReport], list[MergeReport]]:
-    """Parts to groups of buckets, then each group merged: two rounds of tasks, no sort between."""
-    num_groups = min(target.num_buckets, max(1, 2 * int(ray.cluster_resources()["CPU"])))
-    load = ray.remote(_load).options(num_returns=1 + num_groups)
-    loaded = [load.remote(task, target, num_groups) for task in tasks]
-    # Ray's bundles are lists of one reference for the report and one for each group.
-    merge = ray.remote(_merge)
+def _load_and_merge(new: Input) -> tuple[list[PartReport], list[MergeReport]]:
+    """Parts to groups of buckets, then each group merged: two rounds of tasks, no shuffle."""
+    num_groups = min(new.target.num_buckets, _MAX_GROUPS)
+    edges = group_edges(new.target.num_buckets, num_groups)
+    load = ray.remote(_load_events).options(num_returns=1 + num_groups)
+    loading = [load.remote(task, new.target, num_groups) for task in _tasks(new)]
+    reporting = [references[0] for references in loading]
+
+    existing = files_by_bucket(new.table)
+    merge = ray.remote(_merge_events)
     merging = [
         merge.remote(
-            {bucket: files for bucket, files in existing.items() if bucket % num_groups == group},
-            target,
-            *(references[1 + group] for references in loaded),
+            {b: existing[b] for b in range(edges[group], edges[group + 1]) if b in existing},
+            new.target,
+            *(references[1 + group] for references in loading),
         )
-        for group in range(num_groups)
+        for group in range(num_groups if loading else 0)
     ]
-    reports = ray.get([references[0] for references in loaded])
-    return reports, ray.get(merging)
+    # The pieces of a group may go as soon as it is merged.
+    del loading
+    return _get(reporting), _get(merging)
 
 
-def _load(task: PartTask, target: Target, num_groups: int) -> tuple[Any, ...]:
-    report, groups = load_part(task, target, num_groups)
-    return report, *groups
+def _load_events(task: PartTask, target: Target, num_groups: int) -> tuple[Any, ...]:
+    report, rows = load_part(task, target)
+    events = complete_events(rows, task, target)
+    return report, *cut_groups(events, group_edges(target.num_buckets, num_groups))
 
 
-def _merge(existing: dict[int, list[str]], target: Target, *pieces: pa.Table) -> MergeReport:
+def _merge_events(
+    existing: Mapping[int, list[str]], target: Target, *pieces: pa.Table
+) -> MergeReport:
     return merge_group(pieces, existing, target)
 
 
-def _cut(files: Iterable[SourceFile]) -> list[PartTask]:
-    parts = [(file.source, part) for file in files for part in cut_file(file.source, file.path)]
-    return [PartTask(source, part, index) for index, (source, part) in enumerate(parts)]
+def _ingest_attributes(given: Input, *, again: bool) -> dict[str, Any]:
+    """Upserts items or users, unless the very same files were the last to come."""
+    if not given.files:
+        return {}
+    kind = given.kind
+    stamp = hashlib.sha256("".join(file.digest for file in given.files).encode()).hexdigest()
+    if not again and last_metadata(given.table, _SOURCES) == stamp:
+        return {f"{kind}_upserted": 0}
+
+    tasks = _tasks(given)
+    load = ray.remote(load_part).options(num_returns=2)
+    loading = [load.remote(task, given.target) for task in tasks]
+    reports: list[PartReport] = _get([report for report, _ in loading])
+    tables: list[pa.Table] = _get([rows for _, rows in loading])
+    _refuse_empty(given, sum(report.num_read for report in reports))
+    _commit_quarantine(given, reports)
+
+    # Sources in turn, for each may know other columns; the stamp says that all of them landed.
+    by_source = groupby(zip(tasks, tables, strict=True), key=lambda pair: pair[0].source)
+    rows = [pa.concat_tables(table for _, table in pairs) for _, pairs in by_source]
+    for position, one in enumerate(rows, start=1):
+        metadata = {_SOURCES: stamp} if position == len(rows) else {}
+        upsert(given.table, one, given.key, metadata=metadata)
+    figures = {f"{kind}_upserted": sum(table.num_rows for table in tables)}
+    num_rejected = sum(report.num_rejected for report in reports)
+    return figures | ({f"{kind}_quarantined": num_rejected} if num_rejected else {})
 
 
-def _find_files(sources: Sequence[SourceConfig]) -> list[SourceFile]:
-    found = [
-        (source, path) for source in sources for path in list_files(source, expand(source.path))
+def _commit_quarantine(given: Input, reports: Sequence[PartReport]) -> None:
+    parts = [report.quarantine for report in reports if report.quarantine is not None]
+    if parts:
+        transactions = [file.transaction(given.kind) for file in given.files]
+        commit_parts(given.quarantine, parts, transactions=transactions)
+
+
+def _tasks(given: Input) -> list[PartTask]:
+    parts = [
+        (file.source, part, has_transaction(given.quarantine, file.transaction(given.kind)[0]))
+        for file in given.files
+        for part in file.parts
     ]
-    digests = ray.get([ray.remote(digest_file).remote(path) for _, path in found])
-    files = [SourceFile(*pair, digest) for pair, digest in zip(found, digests, strict=True)]
-    # The same bytes under two names are one file.
-    return list({file.digest: file for file in reversed(files)}.values())[::-1]
-
-
-def _upsert_all(
-    config: PipelineConfig,
-    sources: Sequence[SourceConfig],
-    table: DeltaTable,
-    key: str,
-    target: Target,
-) -> int:
-    schema = items_schema(config.ingest.item_id) if key == "item_id" else _users(config)
-    files = [
-        file for file in _find_files(sources) if not has_transaction(table, file.transaction[0])
+    return [
+        PartTask(source, part, index, is_quarantined)
+        for index, (source, part, is_quarantined) in enumerate(parts)
     ]
-    rows = [_read_small(task, replace(target, schema=schema)) for task in _cut(files)]
-    if not rows:
-        return 0
-    transactions = [file.transaction for file in files]
-    merged = upsert(table, pa.concat_tables(rows), key, transactions=transactions)
-    return int(merged["num_target_rows_inserted"] + merged["num_target_rows_updated"])
 
 
-def _read_small(task: PartTask, target: Target) -> pa.Table:
-    checked = normalise(read_part(task.source, task.part), task.source, target.schema)
-    part = write_rejected(checked.rejected, task, target)
-    if part is not None:
-        quarantine = create_table(
-            target.lake_uri, "quarantine", quarantine_schema(), target.options
+def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
+    """All files of a table's sources, their columns checked; the same bytes come once."""
+    schema, required = _schema(config, kind)
+    found = []
+    for source in getattr(config.ingest, kind):
+        check_mapped(source, schema, required)
+        found += [(source, path) for path in list_files(source, expand(source.path))]
+    looking = ray.remote(_look_at)
+    files: list[SourceFile] = _get([looking.remote(source, path) for source, path in found])
+    unique: dict[str, SourceFile] = {}
+    for file in files:
+        unique.setdefault(file.digest, file)
+    return list(unique.values())
+
+
+def _look_at(source: SourceConfig, path: str) -> SourceFile:
+    return SourceFile(source, path, digest_file(path), cut_file(source, path))
+
+
+def _only_new(events: Input, *, again: bool) -> Input:
+    def is_new(file: SourceFile) -> bool:
+        return again or not has_transaction(events.table, file.transaction("events")[0])
+
+    return replace(events, files=[file for file in events.files if is_new(file)])
+
+
+def _refuse_empty(given: Input, num_read: int) -> None:
+    if num_read == 0:
+        raise SourceError(
+            f"{given.files[0].path} has no rows, as all new files of {given.kind}; check what was "
+            "delivered."
         )
-        commit_parts(quarantine, [part])
-    missing = [field for field in target.schema if field.name not in checked.rows.column_names]
-    rows = checked.rows
-    for field in missing:
-        rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows.select(target.schema.names)
 
 
-def _users(config: PipelineConfig) -> pa.Schema:
-    schema = users_schema(config.ingest.user_id)
-    return schema.remove(schema.get_field_index("user_bucket"))
-
-
-def _check_sources(config: PipelineConfig) -> None:
+def _schema(config: PipelineConfig, kind: str) -> tuple[pa.Schema, tuple[str, ...]]:
+    """Columns that a source may give, and those that it must."""
     ingest = config.ingest
-    for source in ingest.events:
-        check_mapped(source, events_schema(ingest.user_id, ingest.item_id), _REQUIRED)
-    for source in ingest.items:
-        check_mapped(source, items_schema(ingest.item_id), ("item_id",))
-    for source in ingest.users:
-        check_mapped(source, _users(config), ("user_id",))
+    if kind == "events":
+        required = ("user_id", "item_id", "event_type", "timestamp")
+        ours = {"ingested_at", "arrival", PARTITION}
+        events = events_schema(ingest.user_id, ingest.item_id)
+        return pa.schema([field for field in events if field.name not in ours]), required
+    if kind == "items":
+        return items_schema(ingest.item_id), ("item_id",)
+    users = users_schema(ingest.user_id)
+    return users.remove(users.get_field_index(PARTITION)), ("user_id",)
 
 
-def _target(config: PipelineConfig) -> Target:
+def _open_input(
+    config: PipelineConfig, kind: str, files: list[SourceFile], started_us: int
+) -> Input:
+    """Opens the tables, and creates them at first."""
     ingest, storage = config.ingest, config.storage
-    schema = events_schema(ingest.user_id, ingest.item_id)
-    return Target(storage.lake_uri, storage.options, schema, ingest.num_buckets, now_us())
+    schema, key, num_buckets = {
+        "events": (events_schema(ingest.user_id, ingest.item_id), "event_id", ingest.num_buckets),
+        "items": (items_schema(ingest.item_id), "item_id", None),
+        "users": (users_schema(ingest.user_id), "user_id", ingest.num_buckets),
+    }[kind]
+    lake, options = storage.lake_uri, storage.options
+    table = create_table(lake, kind, schema, options, num_buckets=num_buckets)
+    quarantine = create_table(lake, "quarantine", quarantine_schema(), options)
+    target = Target(lake, options, schema, ingest.num_buckets, started_us)
+    return Input(kind, key, target, table, quarantine, files)
 
 
-def _create_tables(config: PipelineConfig, target: Target) -> Tables:
-    ingest, lake, options = config.ingest, target.lake_uri, target.options
-    buckets = ingest.num_buckets
-    return Tables(
-        events=create_table(lake, "events", target.schema, options, num_buckets=buckets),
-        items=create_table(lake, "items", items_schema(ingest.item_id), options),
-        users=create_table(
-            lake, "users", users_schema(ingest.user_id), options, num_buckets=buckets
-        ),
-        quarantine=create_table(lake, "quarantine", quarantine_schema(), options),
-    )
+def _get(references: list[Any]) -> Any:
+    """Results of tasks; what a task raised on purpose is raised here as it was."""
+    try:
+        return ray.get(references)
+    except RayTaskError as error:
+        if isinstance(error.cause, LakeError):
+            raise error.cause from None
+        raise
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> PipelineConfig:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no configuration {name!r}; give a path, or one of: {', '.join(builtin_configs())}."
+            f"There is no configuration {name!r}; give a path, or one of: "
+            f"{', '.join(builtin_configs())}."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None

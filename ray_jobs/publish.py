@@ -16,18 +16,20 @@ from typing import Any
 
 from deltalake import DeltaTable
 
+from ray_jobs.build_sequences import read_stamp
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.artifact import publish
-from recsys.export import export_onnx
+from recsys.export import MODEL_FILE, export_onnx, parity
 from recsys.fallback import write_fallback
 from recsys.registry import promote
 from recsys.splits import whole_sequences
 from recsys.tokens import TokenStore
 
+_LEAST_OVERLAP = 0.999
 _LIBRARIES = ("ray", "torch", "deltalake", "pyarrow", "numpy", "onnxruntime")
 
 
@@ -62,8 +64,8 @@ def _refuse_if_beaten(finished: FinishedRun, evaluation: dict[str, Any]) -> None
     stronger = [name for name, row in evaluation["comparisons"].items() if row["difference"] <= 0]
     if stronger:
         raise JobError(
-            f"The run {finished.folder.name} is not published: {', '.join(stronger)} reached at least "
-            "its NDCG@10. Train longer or with another recipe, or set publish.must_beat_baselines "
+            f"The run {finished.folder.name} is not published: {', '.join(stronger)} reached at "
+            "least its NDCG@10. Train longer or with another recipe, or set publish.must_beat_baselines "
             "to false."
         )
 
@@ -82,7 +84,19 @@ def _write_artifact(
     everything = whole_sequences(store.offsets_U)
     vocabulary = finished.vocabulary
     write_fallback(folder / "fallback", store, everything, vocabulary.catalogue, vocabulary.context)
-    export_onnx(finished.load_model(), folder / "model.onnx")
+    _export(finished, folder / MODEL_FILE)
+
+
+def _export(finished: FinishedRun, path: Path) -> None:
+    model = finished.load_model()
+    export_onnx(model, path)
+    found = parity(model, path)
+    if found.overlap < _LEAST_OVERLAP:
+        raise JobError(
+            f"The run {finished.folder.name} is not published: its export agrees with only "
+            f"{found.overlap:.2%} of the model's top 10 (largest difference of scores "
+            f"{found.max_difference:.2g})."
+        )
 
 
 def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable) -> dict[str, Any]:
@@ -90,18 +104,13 @@ def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable)
         "name": config.name,
         "run": finished.folder.name,
         "seed": finished.facts["seed"],
-        "tables": {"sequences": sequences.version(), **sequences_lineage(sequences)},
+        "tables": {"sequences": sequences.version()},
+        "sequences_from": read_stamp(sequences),
         "pipeline": finished.facts["config"],
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def sequences_lineage(sequences: DeltaTable) -> dict[str, Any]:
-    """Versions of the tables that a version of the sequences was built from."""
-    commit = next(entry for entry in sequences.history() if entry["version"] == sequences.version())
-    return {"events": int(commit["events_version"])}
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def _refuse_taken_port(config: PipelineConfig, client: ServeSubmissionClient) ->
             probe.bind((config.serve.host, config.serve.port))
         except OSError as error:
             raise JobError(
-                f"Port {config.serve.port} of {config.serve.host} cannot be used ({error.strerror}); "
-                "choose another with --set serve.port=8001."
+                f"Port {config.serve.port} of {config.serve.host} cannot be used "
+                f"({error.strerror}); choose another with --set serve.port=8001."
             ) from None
 
 

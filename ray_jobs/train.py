@@ -229,8 +229,8 @@ def _write_run(
 def _run_folder(config: PipelineConfig) -> Path:
     if "://" in config.storage.runs_uri:
         raise JobError(
-            f"Runs are written to a folder that all workers share, not to {config.storage.runs_uri}; "
-            "set storage.root to such a folder."
+            "Runs are written to a folder that all workers share, not to "
+            f"{config.storage.runs_uri}; set storage.root to such a folder."
         )
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = config.train.name or f"{config.train.recipe}-{now}"

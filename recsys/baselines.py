@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy import sparse
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from recsys.catalogue import NUM_SPECIAL

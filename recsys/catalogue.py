@@ -46,7 +46,7 @@ class Catalogue:
 
     @property
     def num_items(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -65,11 +65,10 @@ class Catalogue:
     def encode(self, item_ids: pa.Array | list[int] | list[str]) -> np.ndarray:
         """Dense indices, int32; PAD where the catalogue does not know the id."""
         known = pc.index_in(self._as_ids(item_ids), self.item_ids)
-        return (
-            pc.fill_null(pc.add(known, NUM_SPECIAL), PAD)
-            .to_numpy(zero_copy_only=False)
-            .astype(np.int32)
+        items: np.ndarray = pc.fill_null(pc.add(known, NUM_SPECIAL), PAD).to_numpy(
+            zero_copy_only=False
         )
+        return items.astype(np.int32)
 
     def decode(self, items: np.ndarray) -> pa.Array:
         """The shop's ids of dense indices; PAD and MASK are an error of the caller."""
@@ -81,7 +80,8 @@ class Catalogue:
         """
         if name not in self.table.column_names:
             raise CatalogueError(
-                f"The catalogue has no column {name!r}; it has: {', '.join(self.table.column_names)}."
+                f"The catalogue has no column {name!r}; it has: "
+                f"{', '.join(self.table.column_names)}."
             )
         return self.table[name].combine_chunks()
 

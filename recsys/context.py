@@ -110,8 +110,8 @@ class ContextEncoder:
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         codes = pc.index_in(values, pa.array(self.vocabularies[name], pa.string()))
-        codes = pc.fill_null(pc.add(codes, 1), UNKNOWN)
-        return codes.to_numpy(zero_copy_only=False)
+        codes_T: np.ndarray = pc.fill_null(pc.add(codes, 1), UNKNOWN).to_numpy(zero_copy_only=False)
+        return codes_T
 
     def write(self, path: Path) -> None:
         content = {"config": self.config.model_dump(mode="json"), "vocabularies": self.vocabularies}

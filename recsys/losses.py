@@ -49,12 +49,12 @@ class _FullSoftmax(torch.autograd.Function):
         for start in range(0, len(targets_M), block_size):
             block = slice(start, start + block_size)
             logits_MI = (hidden_MD[block] @ weights_ID.T).float().add_(bias_I)
-            targets = targets_M[block, None]
-            normaliser_M = torch.logsumexp(logits_MI, dim=1, keepdim=True)
-            loss += (normaliser_M - logits_MI.gather(1, targets)).sum()
+            targets_M1 = targets_M[block, None]
+            log_probs_MI = torch.log_softmax(logits_MI, dim=1)
+            loss -= log_probs_MI.gather(1, targets_M1).sum()
 
-            grad_MI = logits_MI.sub_(normaliser_M).exp_()
-            grad_MI.scatter_add_(1, targets, torch.full_like(normaliser_M, -1.0))
+            grad_MI = log_probs_MI.exp_()
+            grad_MI.scatter_add_(1, targets_M1, grad_MI.new_full(targets_M1.shape, -1.0))
             grad_bias_I += grad_MI.sum(0)
             grad_MI = grad_MI.to(hidden_MD.dtype)
             grad_hidden_MD[block] = grad_MI @ weights_ID

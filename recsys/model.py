@@ -58,7 +58,9 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
         x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), mask_BLL))
-        return x_BLD + self.dropout(self.narrow(F.gelu(self.widen(self.norm_mlp(x_BLD)))))
+        wide = F.gelu(self.widen(self.norm_mlp(x_BLD)))
+        added: Tensor = x_BLD + self.dropout(self.narrow(wide))
+        return added
 
     def _attend(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
         B, L, D = x_BLD.shape
@@ -68,7 +70,8 @@ class Block(nn.Module):
         mixed_BHLd = F.scaled_dot_product_attention(
             q_BHLd, k_BHLd, v_BHLd, attn_mask=mask_BLL[:, None]
         )
-        return self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
+        projected: Tensor = self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
+        return projected
 
 
 class ContextEmbedding(nn.Module):
@@ -78,6 +81,7 @@ class ContextEmbedding(nn.Module):
         super().__init__()
         self.table = nn.Embedding(sum(sizes), dim)
         starts_F = torch.tensor([0, *sizes[:-1]], dtype=torch.int64).cumsum(0)
+        self.starts_F: Tensor
         self.register_buffer("starts_F", starts_F, persistent=False)
 
     def forward(self, context_BLF: Tensor) -> Tensor:
@@ -155,7 +159,11 @@ class NextItemModel(nn.Module):
 
 
 def append_request(
-    config: ModelConfig, items_BL: Tensor, context_BLF: Tensor, request_BF: Tensor
+    config: ModelConfig,
+    items_BL: Tensor,
+    context_BLF: Tensor,
+    request_BF: Tensor,
+    known_at_request_F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `NextItemModel.forward` whose last position answers a request.
 
@@ -163,10 +171,13 @@ def append_request(
         items_BL: left-padded histories, L at most `history_len`; a causal model needs one event at
             least.
         context_BLF: codes of those events.
-        request_BF: codes of the request, 0 for what a request does not know.
+        request_BF: codes of the request, 0 for what it does not tell.
+        known_at_request_F: bool; the other fields are hidden from every request, as in training.
     """
+    request_BF = request_BF * known_at_request_F
     if config.attention == "causal":
-        return items_BL, context_BLF, torch.cat([context_BLF[:, 1:], request_BF[:, None]], dim=1)
+        following_BLF = context_BLF[:, 1:] * known_at_request_F
+        return items_BL, context_BLF, torch.cat([following_BLF, request_BF[:, None]], dim=1)
     mask_B1 = torch.full((len(items_BL), 1), MASK, dtype=items_BL.dtype, device=items_BL.device)
     items_BL = torch.cat([items_BL, mask_B1], dim=1)
     context_BLF = torch.cat([context_BLF, request_BF[:, None]], dim=1)

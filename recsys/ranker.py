@@ -141,6 +141,7 @@ class Ranker:
             torch.from_numpy(encoded.items_BL),
             torch.from_numpy(encoded.context_BLF),
             torch.from_numpy(encoded.request_BF),
+            torch.from_numpy(self._context.known_at_request_F),
         )
         hidden_BD = self._encode(*(tensor.to(self._device) for tensor in inputs))
         return self._model.scores(hidden_BD)

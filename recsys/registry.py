@@ -35,7 +35,8 @@ def promote(root: Path, version: str) -> None:
     """Makes a published version the one that serves; the file is replaced at once."""
     if version not in list_versions(root):
         raise ArtifactError(
-            f"Version {version} is not in {root}; it holds: {', '.join(list_versions(root)) or 'none'}."
+            f"Version {version} is not in {root}; it holds: "
+            f"{', '.join(list_versions(root)) or 'none'}."
         )
     previous = serving_version(root) if (root / _SERVING).exists() else None
     temporary = root / f"{_SERVING}.{uuid.uuid4().hex}"

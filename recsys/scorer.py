@@ -25,7 +25,8 @@ class ModelScorer:
         self.name = name
         self._model = model
         self._device = model.item_bias.device
-        self._request_F = torch.from_numpy(known_at_request_F & knows_request)
+        self._known_F = torch.from_numpy(known_at_request_F)
+        self._knows_request = knows_request
         self._dtype = dtype
 
     @torch.no_grad()
@@ -34,8 +35,10 @@ class ModelScorer:
         items_BL, context_BLF = gather_histories(
             store, users_B, targets_B, self._model.config.history_len
         )
-        request_BF = torch.from_numpy(store.context_TF[targets_B]).long() * self._request_F
-        inputs = append_request(self._model.config, items_BL, context_BLF, request_BF)
+        request_BF = torch.from_numpy(store.context_TF[targets_B]).long() * self._knows_request
+        inputs = append_request(
+            self._model.config, items_BL, context_BLF, request_BF, self._known_F
+        )
 
         self._model.eval()
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):

@@ -55,7 +55,7 @@ def split_tokens(store: TokenStore, config: SplitConfig) -> Split:
 
 
 def split_offsets(offsets_U: np.ndarray, timestamps_T: np.ndarray, config: SplitConfig) -> Split:
-    """Cuts users given by their offsets `[U + 1]` and the times of their events, in microseconds."""
+    """Cuts users given by their offsets `[U + 1]` and the microseconds of their events."""
     if config.kind == "leave-one-out":
         return leave_one_out(offsets_U)
     assert config.validation_from is not None
@@ -103,7 +103,8 @@ def temporal_cut(
 
 def _count_before(offsets_U: np.ndarray, timestamps_T: np.ndarray, time_us: int) -> np.ndarray:
     before_T = np.concatenate([[0], np.cumsum(timestamps_T < time_us)])
-    return before_T[offsets_U[1:]] - before_T[offsets_U[:-1]]
+    counts_U: np.ndarray = before_T[offsets_U[1:]] - before_T[offsets_U[:-1]]
+    return counts_U
 
 
 def _microseconds(moment: datetime) -> int:

@@ -37,7 +37,6 @@ class TrainerConfig(BaseModel):
 
     max_epochs: int = Field(50, ge=1)
     max_minutes: float | None = Field(None, gt=0)
-    """Stops after the first validation past this time; the learning rate is planned for max_epochs."""
     validate_every: int = Field(1, ge=1)
     """Epochs between validations; each validation is also a checkpoint."""
     patience: int = Field(5, ge=1)
@@ -201,7 +200,7 @@ class Trainer:
             self.recipe.loss, hidden_MD, table_ID, bias_I, batch.targets_M, generator
         )
         self._optimiser.zero_grad(set_to_none=True)
-        (loss * self._weight_of(batch)).backward()
+        torch.autograd.backward(loss * self._weight_of(batch))
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip_norm)
         self._optimiser.step()
         self._num_steps += 1
@@ -215,7 +214,8 @@ class Trainer:
         return len(batch.targets_M) * self.world_size / max(total, 1.0)
 
     def _seed_epoch(self) -> torch.Generator:
-        # Every epoch starts its generators afresh, so that a resumed run draws what an unbroken one draws.
+        # Every epoch starts its generators afresh, so that a resumed run draws what an unbroken one
+        # draws.
         seed = np.random.SeedSequence([self.seed, self.epoch, self.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         self._num_steps = self.epoch * self.steps_per_epoch

@@ -45,8 +45,9 @@ from serve_app.schemas import (
 from serve_app.settings import Settings
 
 _AHEAD_S = 24 * 3600.0
+_PROBLEM = {"$ref": f"#/components/schemas/{Problem.__name__}"}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": text}
+    status: {"content": {MEDIA_TYPE: {"schema": _PROBLEM}}, "description": text}
     for status, text in {
         400: "The body is not JSON.",
         413: "The body is too large.",
@@ -58,9 +59,17 @@ UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
 
 def create_app(
-    recommender: Recommender, settings: Settings, *, now: Callable[[], float] = time.time
+    recommender: Recommender,
+    settings: Settings,
+    *,
+    echo_request_id: bool = True,
+    now: Callable[[], float] = time.time,
 ) -> FastAPI:
-    """The whole HTTP contract; closing the app closes the history."""
+    """The whole HTTP contract; closing the app closes the history.
+
+    Args:
+        echo_request_id: False where the server sends X-Request-ID back by itself.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,13 +78,18 @@ def create_app(
 
     app = FastAPI(
         title="nextitem",
-        summary="What will this visitor want next?",
+        summary="Next-item recommendations for a shop",
         version=recommender.model.version,
         lifespan=lifespan,
         responses=_PROBLEMS,
     )
     install_handlers(app)
-    app.add_middleware(Gate, settings=settings, metrics=recommender.metrics)
+    app.add_middleware(
+        Gate,
+        settings=settings,
+        metrics=recommender.metrics,
+        echo_request_id=echo_request_id,
+    )
     app.include_router(_recommend_routes(recommender, settings))
     app.include_router(_event_routes(recommender, settings, now))
     app.include_router(_health_routes(recommender))
@@ -153,7 +167,7 @@ def _event_routes(
             results=results,
         )
 
-    @routes.get("/v1/users/{user_id}/history", dependencies=read)
+    @routes.get("/v1/users/{user_id:path}/history", dependencies=read)
     async def get_history(
         user_id: UserId, limit: Annotated[int, Query(ge=1, le=1000)] = 50
     ) -> HistoryResponse:
@@ -172,7 +186,7 @@ def _event_routes(
             ],
         )
 
-    @routes.delete("/v1/users/{user_id}/history", dependencies=admin)
+    @routes.delete("/v1/users/{user_id:path}/history", dependencies=admin)
     async def erase_history(user_id: UserId) -> ErasedResponse:
         """Forgets all events of a user."""
         erased = await recommender.history.erase(user_id)
@@ -189,7 +203,7 @@ def _health_routes(recommender: Recommender) -> APIRouter:
         """This process runs."""
         return {"status": "ok"}
 
-    @routes.get("/health/ready", responses={503: {"model": Problem}})
+    @routes.get("/health/ready", responses={503: _PROBLEMS[429] | {"description": "Not warm yet."}})
     async def ready() -> dict[str, str]:
         """The ranker has been warm once; from then on this process can always answer."""
         if not await recommender.is_ready():

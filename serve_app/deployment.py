@@ -17,9 +17,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from recsys.artifact import load_artifact
-from recsys.errors import RecsysError
+from recsys.errors import ArtifactError
 from recsys.queries import Query
-from recsys.ranker import RankedList, Ranker, RankerInfo, SimilarQuery
+from recsys.ranker import Backend, RankedList, Ranker, RankerInfo, SimilarQuery
 from recsys.registry import serving_version
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
@@ -32,28 +32,43 @@ from serve_app.settings import Settings
 class RankerDeployment:
     """One `Ranker`. It is warm before Serve sends it the first request."""
 
-    def __init__(self, folder: Path, device: str, backend: Any, max_batch_size: int) -> None:
+    def __init__(self, folder: Path, device: str, backend: Backend, max_batch_size: int) -> None:
         self._ranker = Ranker(load_artifact(folder), device=device, backend=backend)
         self._ranker.warm_up()
         self._rank_batch.set_max_batch_size(max_batch_size)
         # One batch at a time: two would only share the same cores.
         self._turn = asyncio.Lock()
+        self._broken: Exception | None = None
 
     async def rank(self, query: Query) -> RankedList:
         ranked: RankedList = await self._rank_batch(query)
         return ranked
 
     async def similar(self, query: SimilarQuery) -> RankedList:
-        async with self._turn:
-            return (await asyncio.to_thread(self._ranker.similar, [query]))[0]
+        return (await self._run(self._ranker.similar, [query]))[0]
 
     async def describe(self) -> RankerInfo:
         return self._ranker.info
 
+    def check_health(self) -> None:
+        """Raises what broke the ranker, so that Serve starts another in its place."""
+        if self._broken is not None:
+            raise self._broken
+
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def _rank_batch(self, queries: list[Query]) -> list[RankedList]:
+        return await self._run(self._ranker.rank, queries)
+
+    async def _run(
+        self, rank: Callable[[list[Any]], list[RankedList]], queries: list[Any]
+    ) -> list[RankedList]:
         async with self._turn:
-            return await asyncio.to_thread(self._ranker.rank, queries)
+            try:
+                return await asyncio.to_thread(rank, queries)
+            except (RuntimeError, ArtifactError) as error:
+                # The device failed or ran out of memory, or weights are no numbers.
+                self._broken = error
+                raise RankerUnavailableError(str(error)) from error
 
 
 class ServeRanker:
@@ -90,7 +105,7 @@ class Ingress:
         self._recommender = Recommender(model, history, ServeRanker(ranker), settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._recommender, self._settings)
+        return create_app(self._recommender, self._settings, echo_request_id=False)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -129,8 +144,7 @@ async def _call(call: Callable[[], Awaitable[Any]]) -> Any:
     try:
         return await call()
     except RayTaskError as error:
-        # A model that breaks its word is as good as none; anything else is a bug of ours.
-        if isinstance(error.cause, RecsysError | RayServeException):
+        if isinstance(error.cause, RankerUnavailableError | RayServeException):
             raise RankerUnavailableError(str(error.cause)) from error
         raise
     except (RayError, RayServeException) as error:

@@ -21,12 +21,19 @@ _NEVER_SHED = ("/health", "/metrics")
 
 
 class Gate:
-    """ASGI middleware; it stands outside of everything else."""
+    """ASGI middleware; it stands outside of everything else.
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    Args:
+        echo_request_id: False where the server itself sends the id back, as Ray Serve does.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, *, echo_request_id: bool = True
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
+        self._echo_request_id = echo_request_id
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +48,8 @@ class Gate:
             nonlocal status, has_started
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
-                MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
+                if self._echo_request_id:
+                    MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
             await send(message)
 
         self._in_flight += 1

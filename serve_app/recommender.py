@@ -108,13 +108,22 @@ class Recommender:
         self.metrics.model.labels(model.version).set(1)
 
     async def is_ready(self) -> bool:
-        """True from the first time on that the ranker says it is warm."""
+        """True from the first time on that the ranker is warm, and so is the way to it."""
         if self.ranker_info is None:
             try:
-                self.ranker_info = await asyncio.wait_for(self._ranker.describe(), 1.0)
+                self.ranker_info = await asyncio.wait_for(self._warm_up(), 1.0)
             except (RankerUnavailableError, TimeoutError):
                 return False
         return True
+
+    async def _warm_up(self) -> RankerInfo:
+        # What is slow the first time (routers, Arrow's kernels) is not a visitor's to pay.
+        info = await self._ranker.describe()
+        for item_id in self.model.index.decode(self.model.index.by_count[:5]):
+            query = Query((Event(item_id),))
+            self.model.digest(query)
+            await self._ranker.rank(query)
+        return info
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
         """The list for one visitor.

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -13,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -28,11 +31,19 @@ def _check_moment(moment: datetime) -> datetime:
 
 
 def _check_timezone(name: str) -> str:
-    try:
-        ZoneInfo(name)
-    except (ValueError, OSError, KeyError):
-        raise ValueError("must be an IANA time zone, such as Europe/Berlin") from None
+    if not _is_timezone(name):
+        raise ValueError("must be an IANA time zone, such as Europe/Berlin")
     return name
+
+
+@lru_cache(maxsize=1024)
+def _is_timezone(name: str) -> bool:
+    # Arrow's own word counts: it is Arrow that will compute the hour.
+    try:
+        pc.hour(pa.scalar(0, pa.timestamp("us", tz=name)))
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _check_extra(value: Any) -> Any:
@@ -64,7 +75,13 @@ Source = Literal["model", "covisited", "popular_in_segment", "popular"]
 class Body(BaseModel):
     """Base of every request: a misspelt field is an error, not silence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Answer(BaseModel):
+    """Base of every response."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class RecentEvent(Body):
@@ -81,7 +98,7 @@ class Context(BaseModel):
     know them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_check_extra)]]
 
     timestamp: Moment | None = None
@@ -125,6 +142,19 @@ class Filter(Body):
 class RecommendRequest(Body):
     """One list for one visitor, who is named in exactly one way."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "user_history": ["a-17", "a-42"],
+                    "top_k": 5,
+                    "context": {"device": "mobile", "timezone": "Europe/Berlin"},
+                    "filter": {"available_only": True},
+                }
+            ]
+        }
+    )
+
     user_id: Id | None = None
     session_id: Id | None = None
     user_history: Items | None = None
@@ -159,10 +189,17 @@ class SimilarRequest(Body):
     timeout_ms: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
 
 
+def _reference(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
 class BatchRequest(Body):
     """Several requests; each is validated and answered on its own."""
 
-    requests: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=100)]
+    requests: Annotated[
+        list[Annotated[dict[str, Any], WithJsonSchema(_reference(RecommendRequest))]],
+        Field(min_length=1, max_length=100),
+    ]
 
 
 class EventIn(Body):
@@ -189,10 +226,13 @@ class EventIn(Body):
 class EventsRequest(Body):
     """Events; each is validated on its own."""
 
-    events: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+    events: Annotated[
+        list[Annotated[dict[str, Any], WithJsonSchema(EventIn.model_json_schema())]],
+        Field(min_length=1, max_length=1000),
+    ]
 
 
-class Recommendation(BaseModel):
+class Recommendation(Answer):
     """One item of a list."""
 
     item_id: int | str
@@ -204,7 +244,7 @@ class Recommendation(BaseModel):
     """With `explain`: the rung of the ladder that the item came from."""
 
 
-class RecommendResponse(BaseModel):
+class RecommendResponse(Answer):
     """A list, and how it came about."""
 
     recommendations: list[Recommendation]
@@ -220,7 +260,7 @@ class RecommendResponse(BaseModel):
     took_ms: float
 
 
-class FieldFault(BaseModel):
+class FieldFault(Answer):
     """What is wrong with one field."""
 
     name: str
@@ -228,7 +268,7 @@ class FieldFault(BaseModel):
     message: str
 
 
-class Problem(BaseModel):
+class Problem(Answer):
     """An error as RFC 9457 has it."""
 
     type: str = "about:blank"
@@ -241,7 +281,7 @@ class Problem(BaseModel):
     fields: list[FieldFault] = []
 
 
-class BatchEntry(BaseModel):
+class BatchEntry(Answer):
     """The answer to one request of a batch: `response` with 200, else `problem`."""
 
     status: int
@@ -249,13 +289,13 @@ class BatchEntry(BaseModel):
     problem: Problem | None = None
 
 
-class BatchResponse(BaseModel):
+class BatchResponse(Answer):
     """Answers in the order of the requests."""
 
     results: list[BatchEntry]
 
 
-class EventResult(BaseModel):
+class EventResult(Answer):
     """What became of one event."""
 
     event_id: str | None
@@ -264,7 +304,7 @@ class EventResult(BaseModel):
     """Of a rejected event."""
 
 
-class EventsResponse(BaseModel):
+class EventsResponse(Answer):
     """What became of each event, in the order given; what is accepted is on disk."""
 
     accepted: int
@@ -273,7 +313,7 @@ class EventsResponse(BaseModel):
     results: list[EventResult]
 
 
-class HistoryEvent(BaseModel):
+class HistoryEvent(Answer):
     """One event that is known of a user."""
 
     item_id: int | str
@@ -282,21 +322,21 @@ class HistoryEvent(BaseModel):
     device: str | None
 
 
-class HistoryResponse(BaseModel):
+class HistoryResponse(Answer):
     """The latest events of a user, oldest first."""
 
     user_id: str
     events: list[HistoryEvent]
 
 
-class ErasedResponse(BaseModel):
+class ErasedResponse(Answer):
     """What was erased."""
 
     user_id: str
     erased_events: int
 
 
-class HealthResponse(BaseModel):
+class HealthResponse(Answer):
     """The state of this process and of the ranker behind it."""
 
     status: Literal["ok", "degraded", "starting"]

@@ -4,16 +4,19 @@ Serve configuration, which win.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
 
 from serve_app.errors import SettingsError
 
 PREFIX = "NEXTITEM_"
 Scope = Literal["read", "write", "admin"]
-ApiKeys = dict[str, tuple[Scope, ...]]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ApiKeys = dict[Sha256, tuple[Scope, ...]]
 """Scopes by the SHA-256 of a key, in hex."""
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
+"""Replicas of Serve have working directories of their own."""
 
 
 class Settings(BaseModel):
@@ -21,14 +24,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    registry: Path
+    registry: AbsolutePath
     """Folder of published versions."""
     version: str | None = None
     """Version to serve; the promoted one unless set."""
 
-    history_path: Path = Path("nextitem-history.sqlite")
+    history_path: AbsolutePath = Field(Path("~/nextitem/history.sqlite"), validate_default=True)
     """SQLite file of events; it grows by one row an event."""
-    history_seed: Path | None = None
+    history_seed: AbsolutePath | None = None
     """Parquet file or folder of histories that the lake knows; `history_seed` in the artifact
     unless set.
     """
@@ -81,10 +84,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({**found, **(overrides or {})})
         except ValidationError as error:
-            # The input is left out: it may hold a secret.
-            wrong = "; ".join(
-                f"{'.'.join(map(str, fault['loc']))} ({PREFIX}{str(fault['loc'][0]).upper()}): "
-                f"{fault['msg']}"
+            # Neither input nor the path below a field is told: they may hold a key.
+            wrong = {
+                f"{fault['loc'][0]} ({PREFIX}{str(fault['loc'][0]).upper()}): {fault['msg']}"
                 for fault in error.errors(include_input=False)
-            )
-            raise SettingsError(f"These settings do not fit: {wrong}.") from None
+            }
+            raise SettingsError(f"These settings do not fit: {'; '.join(sorted(wrong))}.") from None

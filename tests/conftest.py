@@ -32,7 +32,7 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20)
+    ray.init(num_cpus=4, include_dashboard=True, object_store_memory=512 * 2**20)
     yield
     ray.shutdown()
 

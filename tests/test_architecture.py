@@ -50,8 +50,12 @@ def test_importing_a_module_prints_nothing_and_starts_no_ray(package):
         if path.name != "__init__.py"
     ]
     program = "\n".join(
-        [*(f"import {module}" for module in modules), "import sys"]
-        + ["ray = sys.modules.get('ray')", "assert ray is None or not ray.is_initialized()"]
+        [
+            *(f"import {module}" for module in modules),
+            "import sys",
+            "ray = sys.modules.get('ray')",
+            "assert ray is None or not ray.is_initialized()",
+        ]
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False

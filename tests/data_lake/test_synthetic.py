@@ -4,6 +4,8 @@ import pyarrow.compute as pc
 import pytest
 from pydantic import ValidationError
 
+from data_lake.schemas import TIMESTAMP
+from data_lake.sequences import SequencesConfig, build_sequences
 from data_lake.synthetic import DAY_US, DEVICES, ShopConfig, build_shop, items_table
 from data_lake.synthetic_events import EVENT_TYPES, State, draw_next_items, generate_part
 from data_lake.synthetic_oracle import (
@@ -123,6 +125,18 @@ def test_leave_one_out_collapses_runs_and_takes_the_last_position(shop, walk):
 def _positions(walk, user):
     items = walk.item[walk.moments.offsets[user] : walk.moments.offsets[user + 1]].tolist()
     return [item for at, item in enumerate(items) if at == 0 or items[at - 1] != item]
+
+
+def test_oracle_poses_the_task_that_the_built_sequences_pose(shop, walk):
+    events = clean_rows(shop, 0, walk)
+    nothing = pa.array(np.zeros(events.num_rows, np.int64))
+    events = events.append_column("ingested_at", nothing.cast(TIMESTAMP))
+    events = events.append_column("arrival", nothing).append_column("user_bucket", nothing)
+    sequences, _ = build_sequences(events, None, SequencesConfig(min_user_events=3))
+    task = leave_one_out(walk, min_positions=3, max_users=10_000)
+    targets = [items[-1] for items in sequences["item_ids"].to_pylist()]
+    assert shop.catalogue.item_ids[task.target].tolist() == targets
+    assert len(task.seen) == sum(len(items) - 1 for items in sequences["item_ids"].to_pylist())
 
 
 def test_oracle_ranks_by_probability_without_seen_items(shop):

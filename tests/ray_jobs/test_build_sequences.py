@@ -9,6 +9,7 @@ from data_lake.tables import commit_parts, create_table, open_table, read_table,
 from ray_jobs import build_sequences
 from ray_jobs.config import PipelineConfig, StorageConfig
 
+INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
 NUM_BUCKETS = 4
 EVENTS = [(1, 10), (1, 11), (2, 10), (2, 10), (2, 12), (3, 10), (4, 13), (4, 11)]
 
@@ -16,7 +17,7 @@ EVENTS = [(1, 10), (1, 11), (2, 10), (2, 10), (2, 12), (3, 10), (4, 13), (4, 11)
 def pipeline(tmp_path, **rules):
     storage = StorageConfig(root=str(tmp_path))
     return PipelineConfig(
-        name="toy", storage=storage, ingest={}, sequences=SequencesConfig(**rules)
+        name="toy", storage=storage, ingest=INGEST, sequences=SequencesConfig(**rules)
     )
 
 

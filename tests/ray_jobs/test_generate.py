@@ -10,12 +10,13 @@ from ray_jobs import generate
 from ray_jobs.config import PipelineConfig, StorageConfig
 from ray_jobs.errors import JobError
 
+INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
 SHOP = ShopConfig(num_users=60, num_items=40, num_categories=4, num_parts=3, broken_share=0.2)
 
 
 def pipeline(tmp_path, *, shop=SHOP, seed=1):
     storage = StorageConfig(root=str(tmp_path / "shop"))
-    return PipelineConfig(name="toy", seed=seed, storage=storage, generate=shop, ingest={})
+    return PipelineConfig(name="toy", seed=seed, storage=storage, generate=shop, ingest=INGEST)
 
 
 @pytest.mark.ray

@@ -28,7 +28,7 @@ def test_every_wrong_key_is_named_with_its_path():
 
 
 def test_a_wrong_recipe_value_is_named():
-    with pytest.raises(ConfigError, match="train.overrides"):
+    with pytest.raises(ConfigError, match=r"train.overrides"):
         load_config("synthetic", ["train.overrides.model.dim=7"])
 
 
@@ -42,21 +42,23 @@ def test_an_override_that_makes_no_sense_says_why(override, message):
 
 
 def test_a_missing_file_names_what_there_is():
-    with pytest.raises(ConfigError, match="There is no configuration 'nope'; give a path, or one of: globo"):
+    with pytest.raises(
+        ConfigError, match=r"There is no configuration 'nope'; give a path, or one of: globo"
+    ):
         load_config("nope")
 
 
 def test_a_file_that_is_not_toml_is_one_sentence(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text("a = = 1")
-    with pytest.raises(ConfigError, match="is not valid TOML"):
+    with pytest.raises(ConfigError, match=r"is not valid TOML"):
         load_config(str(path))
 
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     config = load_config("synthetic", ["storage.root=$NOWHERE/x"])
-    with pytest.raises(ConfigError, match="needs the environment variable NOWHERE"):
+    with pytest.raises(ConfigError, match=r"needs the environment variable NOWHERE"):
         _ = config.storage.lake_uri
 
 

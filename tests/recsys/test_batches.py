@@ -40,7 +40,15 @@ def test_validation_and_test_items_are_never_gathered():
     seen = set()
     for starts, lengths in windows.batches(2, seed=0):
         seen |= set(windows.gather(starts, lengths)[0].flatten().tolist())
-    assert seen - {PAD} == {2, 3, 4, 5, 8, 9, 10}  # tokens 4, 5 and 9, 10 of the users are held back
+    assert seen - {PAD} == {
+        2,
+        3,
+        4,
+        5,
+        8,
+        9,
+        10,
+    }  # tokens 4, 5 and 9, 10 of the users are held back
 
 
 def test_windows_are_padded_on_the_left():
@@ -56,7 +64,7 @@ def test_a_long_sequence_gives_several_windows_that_cover_its_end():
     (batch,) = windows.batches(3, seed=1)
     ends = (batch[0] + batch[1]).tolist()
     assert max(ends) == 23
-    assert all(0 <= start for start in batch[0].tolist())
+    assert all(start >= 0 for start in batch[0].tolist())
 
 
 def test_ranks_share_one_permutation_and_overlap_only_to_fill_the_last_batch():

@@ -1,9 +1,16 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from recsys.artifact import load_artifact
 from recsys.errors import ArtifactError
-from recsys.export import LastState, OnnxEncoder, export_onnx, parity, sample_inputs
+from recsys.export import MODEL_FILE, LastState, OnnxEncoder, export_onnx, parity, sample_inputs
 from recsys.model import ModelConfig, NextItemModel
+from recsys.queries import Event, Query
+from recsys.ranker import Ranker
 
 
 def make_model(attention, context_sizes=(3, 25, 32)):
@@ -15,42 +22,68 @@ def make_model(attention, context_sizes=(3, 25, 32)):
     return model
 
 
-@pytest.fixture(scope="module", params=["bidirectional", "causal"])
-def exported(request, tmp_path_factory):
-    model = make_model(request.param)
-    path = tmp_path_factory.mktemp("export") / "model.onnx"
-    export_onnx(model, path)
-    return model, path
+@pytest.fixture(scope="module")
+def published(registry, tmp_path_factory):
+    """Version v1 with its export."""
+    folder = shutil.copytree(registry / "v1", tmp_path_factory.mktemp("export") / "v1")
+    artifact = replace(load_artifact(registry / "v1"), path=folder)
+    export_onnx(artifact.load_model(), folder / MODEL_FILE)
+    return artifact
 
 
-def test_export_is_one_file_that_agrees_with_its_model(exported):
-    model, path = exported
+def test_export_is_one_file_that_agrees_with_its_model(published):
+    result = parity(published.load_model(), published.path / MODEL_FILE, num_windows=17)
 
-    result = parity(model, path, num_windows=17)
-
-    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    assert [path.name for path in published.path.glob("*onnx*")] == [MODEL_FILE]
     assert result.overlap == 1.0
     assert result.max_difference < 1e-4
 
 
 @pytest.mark.parametrize("num_windows", [1, 5])
-def test_batch_and_window_may_have_any_size(exported, num_windows):
-    model, path = exported
+def test_batch_and_window_may_have_any_size(published, num_windows):
+    model = published.load_model()
     inputs = [x[:, -3:] for x in sample_inputs(model, num_windows=num_windows, seed=1)]
 
-    hidden_BD = OnnxEncoder(path, max_len=8)(*inputs)
+    hidden_BD = OnnxEncoder(published.path / MODEL_FILE, model.config.max_len)(*inputs)
 
     with torch.no_grad():
         torch.testing.assert_close(hidden_BD, LastState(model)(*inputs), atol=1e-5, rtol=1e-4)
 
 
+def test_ranker_gives_the_same_lists_with_either_backend(published):
+    queries = [Query((Event("i1"), Event("i2"), Event("i3"))), Query((Event("i4"),))]
+
+    expected = Ranker(published, device="cpu").rank(queries)
+    exported = Ranker(published, device="cpu", backend="onnx").rank(queries)
+
+    for one, other in zip(expected, exported, strict=True):
+        assert one.item_ids == other.item_ids
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+
+
+def test_causal_export_agrees_with_its_model(tmp_path):
+    model = make_model("causal")
+    export_onnx(model, tmp_path / MODEL_FILE)
+
+    assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0
+
+
+@pytest.mark.slow
 def test_export_of_a_model_without_context(tmp_path):
     model = make_model("bidirectional", context_sizes=())
-    export_onnx(model, tmp_path / "model.onnx")
+    export_onnx(model, tmp_path / MODEL_FILE)
 
-    assert parity(model, tmp_path / "model.onnx").overlap == 1.0
+    assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0
+
+
+def test_other_weights_fail_the_parity(published):
+    model = published.load_model()
+    with torch.no_grad():
+        model.positions.weight.normal_()
+
+    assert parity(model, published.path / MODEL_FILE).overlap < 0.9
 
 
 def test_missing_export_says_what_to_do(tmp_path):
     with pytest.raises(ArtifactError, match=r"model.onnx does not exist; publish .* or use torch"):
-        OnnxEncoder(tmp_path / "model.onnx", max_len=8)
+        OnnxEncoder(tmp_path / MODEL_FILE, max_len=8)

@@ -12,7 +12,9 @@ _BIAS = torch.zeros(4)
 
 
 def test_full_softmax_of_equal_scores_is_the_log_of_the_number_of_items():
-    loss = full_softmax(torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(5), torch.tensor([2, 3, 4]))
+    loss = full_softmax(
+        torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(5), torch.tensor([2, 3, 4])
+    )
     assert loss.item() == pytest.approx(math.log(3))  # five rows, two of them padding and mask
 
 

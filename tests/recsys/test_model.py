@@ -49,11 +49,24 @@ def test_a_bidirectional_position_sees_both_sides():
 def test_the_context_of_the_request_reaches_the_scored_position(attention):
     model = _model(attention)
     items_BL, context_BLF, _ = _inputs([[5, 6]])
+    known_F = torch.tensor([True, True])
     states = [
-        model(*append_request(model.config, items_BL, context_BLF, torch.tensor([request])))[:, -1]
-        for request in ([1, 1], [2, 3])
+        model(*append_request(model.config, items_BL, context_BLF, request_BF, known_F))[:, -1]
+        for request_BF in (torch.tensor([[1, 1]]), torch.tensor([[2, 3]]))
     ]
     assert not torch.allclose(states[0], states[1])
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_no_request_carries_what_a_request_does_not_know(attention):
+    items_BL, context_BLF, _ = _inputs([[5, 6, 7]])
+    known_F = torch.tensor([True, False])
+    _, context, request = append_request(
+        ModelConfig(attention=attention), items_BL, context_BLF, torch.tensor([[2, 3]]), known_F
+    )
+    scored = context[0, -1] if attention == "bidirectional" else request[0, -1]
+    assert scored.tolist() == [2, 0]
+    assert not request[..., 1].any()
 
 
 def test_padding_and_mask_are_never_recommended():

@@ -1,4 +1,3 @@
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from recsys.artifact import load_artifact, save_model
 from recsys.catalogue import Catalogue
 from recsys.errors import ArtifactError
-from recsys.export import MODEL_FILE, export_onnx
 from recsys.filters import AttributeFilter, FilterError, ItemIndex
 from recsys.model import ModelConfig, NextItemModel
 from recsys.queries import Event, Query, RequestContext
@@ -191,17 +189,6 @@ def test_broken_weights_never_warm_up(artifact, monkeypatch):
 
     with pytest.raises(ArtifactError, match="Version v1 gives scores that are not numbers"):
         ranker.warm_up()
-
-
-def test_onnx_ranks_as_torch_does(artifact, ranker, tmp_path, registry):
-    shutil.copytree(registry / "v1", tmp_path / "v1")
-    export_onnx(artifact.load_model(), tmp_path / "v1" / MODEL_FILE)
-    exported = Ranker(replace(artifact, path=tmp_path / "v1"), device="cpu", backend="onnx")
-    queries = [Query(events(1, 2, 3)), Query(events(4))]
-
-    for expected, answer in zip(ranker.rank(queries), exported.rank(queries), strict=True):
-        assert answer.item_ids == expected.item_ids
-        np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-4)
 
 
 def test_integer_ids_may_come_as_strings():

@@ -22,15 +22,15 @@ def test_single_values_are_replaced():
 
 
 def test_an_unknown_recipe_names_those_that_exist():
-    with pytest.raises(ValueError, match="unknown recipe 'bert5rec'; there are: bert4rec"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'bert5rec'; there are: bert4rec"):
         read_recipe("bert5rec")
 
 
 def test_an_unknown_key_is_an_error():
-    with pytest.raises(ValidationError, match="model.width"):
+    with pytest.raises(ValidationError, match=r"model.width"):
         read_recipe("bert4rec", {"model": {"width": 64}})
 
 
 def test_a_mask_is_not_learned_by_causal_attention():
-    with pytest.raises(ValidationError, match="causal attention learns next-item"):
+    with pytest.raises(ValidationError, match=r"causal attention learns next-item"):
         read_recipe("bert4rec", {"model": {"attention": "causal"}})

@@ -96,7 +96,7 @@ def test_epochs_between_validations_report_no_metric():
 
 
 def test_nothing_to_learn_from_is_one_sentence():
-    with pytest.raises(TrainingError, match="No user has two training events"):
+    with pytest.raises(TrainingError, match=r"No user has two training events"):
         _trainer(store=_cycles(length=3))
 
 
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     trainer = _trainer()
     with torch.no_grad():
         trainer.model.item_bias.fill_(math.nan)
-    with pytest.raises(TrainingError, match="lower optimiser.learning_rate"):
+    with pytest.raises(TrainingError, match=r"lower optimiser.learning_rate"):
         trainer.train_epoch()
 
 

@@ -117,4 +117,3 @@ def open_front(registry, tmp_path):
 @pytest.fixture
 def front(open_front):
     return open_front()
-

@@ -1,14 +1,21 @@
+import asyncio
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray import serve
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 
-from serve_app.deployment import build
-from serve_app.errors import SettingsError
+from serve_app.deployment import Ingress, RankerDeployment, ServeRanker, build
+from serve_app.errors import RankerUnavailableError, SettingsError
+from serve_app.settings import Settings
 
 pytestmark = pytest.mark.ray
 
@@ -19,6 +26,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def task_error(cause):
+    """As Ray hands over what was raised in a replica."""
+    return RayTaskError("rank", "trace", cause).as_instanceof_cause()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +138,61 @@ def kill_ranker():
     ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
 
 
+def test_ranker_that_broke_says_so_and_asks_to_be_replaced(registry):
+    ranker = RankerDeployment(registry / "v1", "cpu", "torch", 8)
+
+    def fail(queries):
+        raise RuntimeError("out of memory")
+
+    ranker.check_health()
+    with pytest.raises(RankerUnavailableError, match="out of memory"):
+        asyncio.run(ranker._run(fail, []))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ranker.check_health()
+
+
+def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
+    seed = {
+        "user_id": ["u9"],
+        "item_ids": [["i1", "i2"]],
+        "event_types": [["view", "view"]],
+        "timestamps": [[1, 2]],
+        "devices": [["mobile", None]],
+    }
+    pq.write_table(pa.table(seed), tmp_path / "seed.parquet")
+    settings = Settings(
+        registry=registry,
+        history_path=tmp_path / "history.sqlite",
+        history_seed=tmp_path / "seed.parquet",
+    )
+
+    ingress = Ingress(registry / "v1", settings, None)
+    events = asyncio.run(ingress._recommender.history.recent("user_id", "u9", 50))
+    ingress._recommender.history.close_now()
+
+    assert [event.item_id for event in events] == ["i1", "i2"]
+    assert ingress.__serve_build_asgi_app__().title == "nextitem"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (BackPressureError(9, 8), RankerUnavailableError),
+        (ActorDiedError(), RankerUnavailableError),
+        (task_error(RankerUnavailableError("cuda")), RankerUnavailableError),
+        (task_error(KeyError("a bug")), KeyError),
+    ],
+)
+def test_only_an_absent_ranker_leads_to_the_next_rung(error, expected):
+    async def fail(query):
+        raise error
+
+    handle = SimpleNamespace(rank=SimpleNamespace(remote=fail))
+
+    with pytest.raises(expected):
+        asyncio.run(ServeRanker(handle).rank(None))
+
+
 def test_wrong_arguments_are_named_before_anything_starts():
     with pytest.raises(SettingsError, match=r"deadline \(NEXTITEM_DEADLINE\): Extra"):
         build({"registry": "/nowhere", "deadline": 3})
-

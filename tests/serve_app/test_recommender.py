@@ -258,9 +258,7 @@ def test_filter_that_the_catalogue_cannot_answer_is_a_clear_error(front):
         table
     )
 
-    response = front.client.post(
-        "/v1/recommend", json={"user_id": "u", "filter": {"min_price": 3}}
-    )
+    response = front.client.post("/v1/recommend", json={"user_id": "u", "filter": {"min_price": 3}})
 
     assert response.status_code == 422
     assert response.json()["code"] == "unsupported_filter"

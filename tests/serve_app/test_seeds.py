@@ -52,7 +52,7 @@ def test_seed_may_be_a_folder(history, tmp_path):
 def test_seed_that_lacks_a_column_names_it(history, tmp_path):
     pq.write_table(table().drop_columns(["devices"]), tmp_path / "seed.parquet")
 
-    with pytest.raises(SettingsError, match="seed.parquet lacks devices; it needs user_id"):
+    with pytest.raises(SettingsError, match=r"seed.parquet lacks devices; it needs user_id"):
         load_seed(history, tmp_path / "seed.parquet")
 
 

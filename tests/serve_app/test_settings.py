@@ -11,7 +11,7 @@ def test_environment_is_read_and_arguments_win():
         "NEXTITEM_REGISTRY": "/srv/registry",
         "NEXTITEM_DEADLINE_MS": "50",
         "NEXTITEM_CACHE_SIZE": "7",
-        "NEXTITEM_API_KEYS": '{"ab12": ["read", "write"]}',
+        "NEXTITEM_API_KEYS": '{"%s": ["read", "write"]}' % ("ab" * 32),
         "NEXTITEM_HOME": "belongs to the jobs",
     }
 
@@ -19,7 +19,7 @@ def test_environment_is_read_and_arguments_win():
 
     assert settings.registry == Path("/srv/registry")
     assert (settings.deadline_ms, settings.cache_size) == (90, 7)
-    assert settings.api_keys == {"ab12": ("read", "write")}
+    assert settings.api_keys == {"ab" * 32: ("read", "write")}
 
 
 def test_wrong_settings_are_all_named_without_their_values():
@@ -32,3 +32,21 @@ def test_wrong_settings_are_all_named_without_their_values():
     for name in ("registry (NEXTITEM_REGISTRY)", "deadline_ms", "api_keys", "colour"):
         assert name in message
     assert "my-secret" not in message
+
+
+def test_keys_must_be_digests_and_are_never_told():
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment({}, {"registry": "r", "api_keys": {"my-secret": ["read"]}})
+
+    assert "api_keys" in str(caught.value)
+    assert "my-secret" not in str(caught.value)
+
+
+def test_paths_do_not_depend_on_the_working_directory_of_a_replica(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/shop")
+
+    settings = Settings(registry="registry")
+
+    assert settings.registry == tmp_path / "registry"
+    assert settings.history_path == Path("/home/shop/nextitem/history.sqlite")

@@ -1,0 +1,233 @@
+"""The evaluation of a run: what is ranked, what is written, and what is refused."""
+
+import json
+from datetime import UTC, datetime
+from math import isclose
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data_lake.schemas import sequences_schema
+from data_lake.tables import commit_parts, create_table, write_part
+from ray_jobs import evaluate
+from ray_jobs.config import EvaluateConfig, PipelineConfig, StorageConfig
+from ray_jobs.errors import ConfigError, JobError
+from ray_jobs.runs import open_run
+from recsys.artifact import save_model
+from recsys.model import ModelConfig, NextItemModel
+from recsys.splits import SplitConfig
+
+INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
+
+
+def pipeline(root, **options):
+    storage = StorageConfig(root=str(root))
+    return PipelineConfig(
+        name="toy",
+        storage=storage,
+        ingest=INGEST,
+        evaluate=EvaluateConfig(**options),
+    )
+
+
+def write_run(config, shop, name="r1", split=None):
+    """A run folder with an untrained model, as `ray_jobs.train` leaves it."""
+    folder = Path(config.storage.runs_uri) / name
+    torch.manual_seed(0)
+    sizes = ModelConfig(dim=16, num_layers=1, num_heads=2, max_len=10)
+    model = NextItemModel(sizes, shop.catalogue.num_rows, shop.context.sizes)
+    save_model(folder, model, shop.catalogue, shop.context)
+    trained = config.model_copy(update={"split": split or config.split})
+    facts = {
+        "name": name,
+        "seed": 0,
+        "config": trained.model_dump(mode="json"),
+        "sequences_version": 1,
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder.parent / "LATEST").write_text(name)
+    return open_run(config, name)
+
+
+class Tokens:
+    """A data set of one block, without Ray."""
+
+    def __init__(self, store):
+        self._table = store.to_arrow()
+
+    def iter_batches(self, **options):
+        yield self._table
+
+
+@pytest.fixture
+def evaluated(tmp_path, shop):
+    config = pipeline(tmp_path)
+    return evaluate.evaluate_run(config, write_run(config, shop), Tokens(shop.store), 1)
+
+
+def test_every_row_has_intervals(evaluated):
+    evaluation, _ = evaluated
+    assert list(evaluation["rows"]) == [
+        "model",
+        "model, time-blind",
+        "popularity",
+        "recent-popularity",
+        "covisitation",
+        "item-knn",
+        "als",
+        "ease",
+    ]
+    for row in evaluation["rows"].values():
+        assert row["NDCG@10"]["low"] <= row["NDCG@10"]["mean"] <= row["NDCG@10"]["high"]
+        assert 0 < row["coverage@10"] <= 1
+
+
+def test_the_model_is_compared_with_each_baseline(evaluated):
+    evaluation, _ = evaluated
+    rows, comparisons = evaluation["rows"], evaluation["comparisons"]
+    assert set(comparisons) == set(rows) - {"model", "model, time-blind"}
+    for name, found in comparisons.items():
+        difference = rows["model"]["NDCG@10"]["mean"] - rows[name]["NDCG@10"]["mean"]
+        assert isclose(found["difference"], difference, abs_tol=1e-12)
+
+
+def test_the_protocol_is_written_down(evaluated, shop):
+    evaluation, _ = evaluated
+    assert evaluation["protocol"]["kind"] == "leave-one-out"
+    assert evaluation["filter_seen"] is True
+    assert evaluation["num_users"] == shop.store.num_users
+    assert len(evaluation["targets_sha256"]) == 64
+    json.dumps(evaluation)
+
+
+def test_slices_add_up_to_all_users(evaluated):
+    evaluation, _ = evaluated
+    for labels in evaluation["slices"].values():
+        assert sum(part["num_users"] for part in labels.values()) == evaluation["num_users"]
+
+
+def test_the_table_fits_a_terminal(evaluated):
+    evaluation, _ = evaluated
+    lines = evaluation["table"].splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("| ") for line in lines) == 1 + len(evaluation["rows"])
+
+
+def test_ranks_are_those_of_the_metrics(evaluated):
+    evaluation, ranks = evaluated
+    hits = np.mean(ranks["model"].to_numpy() <= 10)
+    assert isclose(hits, evaluation["rows"]["model"]["HR@10"]["mean"])
+
+
+def test_the_same_seed_evaluates_the_same(tmp_path, shop, evaluated):
+    config = pipeline(tmp_path)
+    again, ranks = evaluate.evaluate_run(config, open_run(config, None), Tokens(shop.store), 1)
+    assert ranks.equals(evaluated[1])
+    assert again["comparisons"] == evaluated[0]["comparisons"]
+
+
+def test_a_sample_is_seeded_and_no_larger_than_asked(shop, tmp_path):
+    config = pipeline(tmp_path, max_users=7)
+    samples = [
+        evaluate.choose_targets(shop.store, SplitConfig(), shop.catalogue.num_rows, config)
+        for _ in range(2)
+    ]
+    assert len(samples[0].users_N) == 7
+    assert samples[0].users_N.tolist() == samples[1].users_N.tolist()
+    assert (np.diff(samples[0].users_N) > 0).all()
+
+
+def test_the_split_is_the_one_that_trained(tmp_path, shop):
+    config = pipeline(tmp_path, baselines=("popularity",))
+    cut = SplitConfig(
+        kind="temporal-cut",
+        validation_from=datetime(2025, 10, 11, tzinfo=UTC),
+        test_from=datetime(2025, 10, 13, tzinfo=UTC),
+    )
+    finished = write_run(config, shop, split=cut)
+    evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+    assert evaluation["protocol"]["kind"] == "temporal-cut"
+
+
+def test_ease_is_left_out_of_a_large_catalogue_and_named(tmp_path, shop, monkeypatch):
+    monkeypatch.setattr("ray_jobs.evaluate.EASE.max_items", 39)
+    config = pipeline(tmp_path, baselines=("popularity", "ease"))
+    evaluation, _ = evaluate.evaluate_run(config, write_run(config, shop), Tokens(shop.store), 1)
+    assert "ease" not in evaluation["rows"]
+    assert evaluation["skipped_baselines"] == {"ease": "40 items; it stops at 39"}
+
+
+def test_no_test_event_is_an_error(shop, tmp_path):
+    late = SplitConfig(
+        kind="temporal-cut",
+        validation_from=datetime(2030, 1, 1, tzinfo=UTC),
+        test_from=datetime(2030, 1, 2, tzinfo=UTC),
+    )
+    with pytest.raises(JobError, match="No user has a test event under the temporal-cut split"):
+        evaluate.choose_targets(shop.store, late, shop.catalogue.num_rows, pipeline(tmp_path))
+
+
+def test_an_unknown_baseline_is_named_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match="there is no magic; choose of: popularity"):
+        evaluate.run(pipeline(tmp_path, baselines=("popularity", "magic")))
+
+
+@pytest.mark.ray
+def test_the_job_writes_its_files_into_the_run(tmp_path, shop, ray_cluster):
+    config = pipeline(tmp_path, max_users=20)
+    write_sequences(config, shop)
+    finished = write_run(config, shop)
+    report = evaluate.run(config)
+    evaluation = finished.evaluation()
+    assert report.figures["users"] == evaluation["num_users"] == 20
+    assert report.figures["ndcg10"] == evaluation["rows"]["model"]["NDCG@10"]["mean"]
+    assert report.figures["beats_all_baselines"] in (True, False)
+    assert report.figures["best_baseline"] in evaluation["comparisons"]
+    assert pq.read_table(finished.folder / "ranks.parquet").num_rows == 20
+
+
+@pytest.mark.ray
+def test_an_error_on_the_worker_arrives_as_its_one_sentence(tmp_path, shop, ray_cluster):
+    late = SplitConfig(
+        kind="temporal-cut",
+        validation_from=datetime(2030, 1, 1, tzinfo=UTC),
+        test_from=datetime(2030, 1, 2, tzinfo=UTC),
+    )
+    config = pipeline(tmp_path)
+    write_sequences(config, shop)
+    write_run(config, shop, split=late)
+    with pytest.raises(JobError) as caught:
+        evaluate.run(config)
+    assert str(caught.value).startswith("No user has a test event")
+    assert "\n" not in str(caught.value)
+
+
+def write_sequences(config, shop):
+    """The shop's sequences as a Delta table of two buckets."""
+    lake = config.storage.lake_uri
+    schema = sequences_schema("string", "string")
+    table = create_table(lake, "sequences", schema, num_buckets=2)
+    store = shop.store
+    bounds = list(zip(store.offsets_U[:-1], store.offsets_U[1:], strict=True))
+    item_ids = shop.catalogue.decode(store.items_T).to_pylist()
+    rows = [
+        {
+            "user_id": store.user_ids[user].as_py(),
+            "segment": "new",
+            "item_ids": item_ids[start:end],
+            "event_types": ["view"] * (end - start),
+            "timestamps": store.timestamps_T[start:end].tolist(),
+            "devices": ["mobile"] * (end - start),
+            "user_bucket": user % 2,
+        }
+        for user, (start, end) in enumerate(bounds)
+    ]
+    parts = [
+        write_part(lake, "sequences", pa.Table.from_pylist(rows[bucket::2], schema), bucket)
+        for bucket in (0, 1)
+    ]
+    commit_parts(table, parts)

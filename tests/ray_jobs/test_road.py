@@ -1,0 +1,86 @@
+"""The whole road on a tiny shop, stage by stage on one Ray: each test stands on the one before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+from ray import serve as ray_serve
+
+from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
+from ray_jobs.errors import JobError
+from ray_jobs.http_checks import check_endpoint
+from ray_jobs.runs import open_run
+from recsys.artifact import load_artifact
+from recsys.registry import serving_version
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def test_events_become_sequences(tiny):
+    generate.run(tiny)
+    ingested = ingest.run(tiny).figures
+    assert ingested["read"] == (
+        ingested["committed"] + ingested["duplicate"] + ingested["quarantined"]
+    )
+    assert ingested["duplicate"] > 0  # the shop is dirty on purpose
+    assert ingested["quarantined"] > 0
+    built = build_sequences.run(tiny).figures
+    assert built["events_read"] == ingested["committed"]
+    assert "nothing to do" in build_sequences.run(tiny).headline
+
+
+def test_two_workers_train_and_leave_a_run_behind(tiny):
+    report = train.run(tiny)
+    run = open_run(tiny, None)
+    assert run.facts["name"] == report.figures["run"]
+    assert [entry["epoch"] for entry in run.facts["history"]] == [1, 2]
+    assert report.figures["workers"] == 2
+    assert run.load_model().config.dim == 16
+
+
+def test_the_run_is_held_against_every_baseline(tiny):
+    figures = evaluate.run(tiny).figures
+    evaluation = open_run(tiny, None).evaluation()
+    assert set(evaluation["comparisons"]) == set(tiny.evaluate.baselines)
+    assert "NDCG@10" in evaluation["table"]
+    wins = [row["difference"] > 0 for row in evaluation["comparisons"].values()]
+    assert figures["beats_all_baselines"] == all(wins)
+
+
+def test_a_model_below_a_baseline_is_not_published(tiny):
+    run = open_run(tiny, None)
+    path = run.folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    beaten = {**evaluation, "comparisons": {"popularity": {"difference": -0.1}}}
+    strict = tiny.model_copy(
+        update={"publish": tiny.publish.model_copy(update={"must_beat_baselines": True})}
+    )
+    path.write_text(json.dumps(beaten))
+    with pytest.raises(JobError, match="popularity reached at least its NDCG@10"):
+        publish.run(strict)
+    path.write_text(json.dumps(evaluation))
+    assert not Path(tiny.storage.registry_uri).exists()
+
+
+def test_the_published_artifact_says_where_it_comes_from(tiny):
+    version = publish.run(tiny).figures["version"]
+    registry = Path(tiny.storage.registry_uri)
+    artifact = load_artifact(registry / version)
+    assert serving_version(registry) == version
+    assert artifact.manifest["tables"]["sequences"] == 1
+    assert artifact.manifest["sequences_from"]["events_version"] == 1
+    assert artifact.manifest["seed"] == tiny.seed
+    assert artifact.metrics()["run"] == artifact.manifest["run"]
+    assert (artifact.path / "model.onnx").exists()
+
+
+def test_real_requests_are_answered_also_without_the_ranker(tiny):
+    materialize.run(tiny)
+    try:
+        assert serve.run(tiny).headline.endswith("is ready")
+        checks = check_endpoint(tiny)
+        assert not [f"{check.title}: {check.seen}" for check in checks if not check.passed]
+    finally:
+        ray_serve.shutdown()
+    assert ray.is_initialized()

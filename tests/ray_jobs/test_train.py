@@ -1,0 +1,85 @@
+"""The training job: what it refuses, and that a run goes on where it was."""
+
+import json
+
+import pytest
+
+from ray_jobs import build_sequences, generate, ingest, train
+from ray_jobs.errors import JobError
+from ray_jobs.train import read_history
+from tests.ray_jobs.conftest import tiny_config
+
+ray_test = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def _with_train(config, **changes):
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def test_of_a_repeated_epoch_the_last_try_counts(tmp_path):
+    lines = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 9.0}, {"epoch": 2, "loss": 2.0}]
+    (tmp_path / "history.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [entry["loss"] for entry in read_history(tmp_path)] == [3.0, 2.0]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_do_not_fit_are_refused_with_the_settings_to_change(tiny):
+    with pytest.raises(JobError, match=r"99 workers of 1 CPUs do not fit.*lower train.num_workers"):
+        train.run(_with_train(tiny, num_workers=99))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_gpu_that_is_not_there_is_refused(tiny):
+    with pytest.raises(JobError, match=r"train.device is 'gpu' but the cluster has 0 GPUs"):
+        train.run(_with_train(tiny, device="gpu"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_finished_run_is_not_overwritten(tiny):
+    folder = train._run_folder(_with_train(tiny, name="done"))
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(
+        JobError, match=r"'done' is finished already; give train.name another value"
+    ):
+        train.run(_with_train(tiny, name="done"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "train.trainer.max_epochs=4", "train.name=phoenix")
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    marker = tmp_path / "died"
+    original = train.Trainer.train_epoch
+
+    def die_once(trainer):
+        import os
+        from pathlib import Path
+
+        if trainer.epoch == 2 and trainer.rank == 0 and not Path(marker).exists():
+            Path(marker).touch()
+            os._exit(1)
+        return original(trainer)
+
+    monkeypatch.setattr(train, "train_worker", _worker_with(die_once))
+    train.run(config)
+    history = read_history(tmp_path / "synthetic" / "runs" / "phoenix")
+    assert marker.exists()
+    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]
+
+
+def _worker_with(train_epoch):
+    original = train.train_worker
+
+    def worker(plan_parts):
+        from recsys.trainer import Trainer
+
+        Trainer.train_epoch = train_epoch
+        original(plan_parts)
+
+    return worker
