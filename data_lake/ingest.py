@@ -14,11 +14,25 @@ from numpy.typing import NDArray
 from data_lake.buckets import bucket_of
 from data_lake.normalise import Normalised, derive_event_ids, normalise
 from data_lake.schemas import PARTITION, TIMESTAMP, quarantine_schema
-from data_lake.sources import Part, SourceConfig, read_part
+from data_lake.sources import Part, SourceConfig, cut_file, digest_file, read_part
 from data_lake.tables import Part as WrittenPart
 from data_lake.tables import read_files, write_part
 
 _ROWS_OF_A_PART = 2**32
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that was found, and the parts that it is read in."""
+
+    source: SourceConfig
+    path: str
+    digest: str
+    parts: list[Part]
+
+    def transaction(self, kind: str) -> tuple[str, int]:
+        """Under which the log of a table remembers the file."""
+        return f"{kind}:{self.digest}", 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,11 @@ class MergeReport:
     num_duplicates: int
 
 
+def look_at(source: SourceConfig, path: str) -> SourceFile:
+    """Digest and parts of one file, its columns checked. Raises: SourceError."""
+    return SourceFile(source, path, digest_file(path), cut_file(source, path))
+
+
 def load_part(task: PartTask, target: Target) -> tuple[PartReport, pa.Table]:
     """Reads and checks a part and writes its bad rows to quarantine, uncommitted.
 
@@ -70,6 +89,15 @@ def load_part(task: PartTask, target: Target) -> tuple[PartReport, pa.Table]:
     checked = normalise(raw, task.source, target.schema, now_us=target.started_us)
     quarantine = _write_rejected(checked, task, target)
     return PartReport(raw.num_read, checked.rejected.num_rows, quarantine), checked.rows
+
+
+def load_events(
+    task: PartTask, target: Target, num_groups: int
+) -> tuple[PartReport | pa.Table, ...]:
+    """Loads, completes and cuts a part: its report, then its events of each group of buckets."""
+    report, rows = load_part(task, target)
+    events = complete_events(rows, task, target)
+    return report, *cut_groups(events, group_edges(target.num_buckets, num_groups))
 
 
 def complete_events(rows: pa.Table, task: PartTask, target: Target) -> pa.Table:
@@ -108,7 +136,7 @@ def cut_groups(events: pa.Table, edges: NDArray[np.int64]) -> list[pa.Table]:
 
 
 def merge_group(
-    pieces: Sequence[pa.Table], existing: Mapping[int, Sequence[str]], target: Target
+    existing: Mapping[int, Sequence[str]], target: Target, *pieces: pa.Table
 ) -> MergeReport:
     """Writes the new events of a group of buckets, a part a bucket, uncommitted.
 

@@ -29,6 +29,7 @@ _BEYOND_US = 4_000_000_000_000_000
 _INTEGER = r"^[+-]?\d{1,19}(\.0*)?$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
 _INT64_MAX = 2**63 - 1
+_MISFIT = "the line has too few or too many fields, an open quote, or is no JSON object"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _check_range(field: pa.Field, values: pa.Array, reasons: _Reasons, now_us: i
 def _rejected(raw: RawRows, reasons: _Reasons) -> pa.Table:
     rows = np.flatnonzero(~reasons.is_good)
     texts = [reasons.texts[code] for code in reasons.codes[rows]]
-    texts += ["the line has another number of fields, or is not JSON"] * len(raw.misfits)
+    texts += [_MISFIT] * len(raw.misfits)
     shown = raw.show(rows.tolist()) + raw.misfits if texts else []
     return pa.table({"raw": pa.array(shown, pa.string()), "reason": pa.array(texts, pa.string())})
 

@@ -42,7 +42,8 @@ class SourceConfig(BaseModel):
     """A file, a folder (all files below it) or a pattern with `*`, local or a URI; may use
     environment variables."""
     format: Literal["parquet", "csv", "jsonl", "movielens"]
-    """movielens: no header, fields apart by `::`, Latin-1."""
+    """csv: a row is a line, quotes or not; movielens: the same without a header, fields apart by
+    `::`, Latin-1; jsonl: an object a line."""
     columns: dict[str, str | tuple[str, ...]]
     """Column of the lake -> column of the source, or several that are joined by `-`."""
     constants: dict[str, str] = Field(default_factory=dict)
@@ -117,8 +118,10 @@ def list_files(source: SourceConfig, path: str) -> list[str]:
     Raises: SourceError when there is none.
     """
     filesystem, name = _locate(path)
-    scheme = path[: len(path) - len(name)] if path.endswith(name) else ""
-    found = [scheme + file for file in _matching_files(filesystem, name)]
+    # The query of a URI (`?region=...`) belongs to the store, and so to each of its files.
+    scheme, _, rest = path.rpartition("://")
+    before, after = (f"{scheme}://", "".join(rest.partition("?")[1:])) if scheme else ("", "")
+    found = [f"{before}{file}{after}" for file in _matching_files(filesystem, name)]
     if not found:
         raise SourceError(f"There is no file {path}; check the path of the {source.format} source.")
     return sorted(found)
@@ -161,7 +164,7 @@ def read_part(source: SourceConfig, part: Part) -> RawRows:
     if source.format == "movielens":
         separator = _FIELD_SEPARATOR.encode()
         text = text.decode("latin-1").encode().replace(b"::", separator)
-    return _read_delimited(source, part, text)
+    return _read_delimited(source, part, _repaired(text))
 
 
 def wanted_columns(source: SourceConfig) -> list[str]:
@@ -268,48 +271,81 @@ def _read_lines(part: Part) -> bytes:
         return text if text.endswith(b"\n") else text + file.readline()
 
 
+def _repaired(text: bytes) -> bytes:
+    """What is not UTF-8 becomes a question mark in a diamond instead of stopping the reader."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return text.decode(errors="replace").encode()
+    return text
+
+
 def _read_delimited(source: SourceConfig, part: Part, text: bytes) -> RawRows:
     names = _field_names(source, part.path)
     if source.column_names is None and part.start == 0:
         text = text.partition(b"\n")[2]
-    misfits: list[str] = []
-    if text.strip():
-        table = _parse_fields(source, part, text, names, misfits)
-    else:
-        table = pa.table({name: pa.array([], pa.binary()) for name in names})
+    table, misfits = _parse_rows(source, part, text, names)
     return RawRows(table, misfits, lambda rows: show_as_json(table, rows))
 
 
-def _parse_fields(
-    source: SourceConfig, part: Part, text: bytes, names: Sequence[str], misfits: list[str]
-) -> pa.Table:
-    def keep_misfit(row: pacsv.InvalidRow) -> str:
-        misfits.append(str(row.text))
-        return "skip"
-
-    is_movielens = source.format == "movielens"
+def _parse_rows(
+    source: SourceConfig, part: Part, text: bytes, names: Sequence[str]
+) -> tuple[pa.Table, list[str]]:
+    """A row is a line: one whose quotes stay open is a misfit, and must not swallow the next."""
     try:
-        return pacsv.read_csv(
-            io.BytesIO(text),
-            read_options=pacsv.ReadOptions(
-                column_names=list(names), use_threads=False, block_size=_LONGEST_LINE_BYTES
-            ),
-            parse_options=pacsv.ParseOptions(
-                delimiter=_FIELD_SEPARATOR if is_movielens else source.delimiter,
-                quote_char=False if is_movielens else '"',
-                invalid_row_handler=keep_misfit,
-            ),
-            convert_options=pacsv.ConvertOptions(
-                column_types={name: pa.binary() for name in names},
-                strings_can_be_null=True,
-                null_values=[""],
-                quoted_strings_can_be_null=True,
-            ),
-        )
+        table, misfits = _parse_fields(source, text, names)
+        if b'"' not in text or table.num_rows + len(misfits) == _count_lines(text):
+            return table, misfits
+    except pa.ArrowInvalid:
+        pass  # an open quote may make a row too long to be read
+    lines = text.split(b"\n")
+    is_open = [line.count(b'"') % 2 == 1 for line in lines]
+    closed = b"\n".join(line for line, left_out in zip(lines, is_open, strict=True) if not left_out)
+    left_open = [line.decode() for line, left_out in zip(lines, is_open, strict=True) if left_out]
+    try:
+        table, misfits = _parse_fields(source, closed, names)
     except pa.ArrowInvalid as error:
         raise SourceError(
-            f"{part.path} cannot be read as {source.format} ({error}); correct its quotes or lines."
+            f"{part.path} cannot be read as {source.format} ({error}); correct its lines."
         ) from None
+    return table, misfits + left_open
+
+
+def _count_lines(text: bytes) -> int:
+    return sum(1 for line in text.split(b"\n") if line.rstrip(b"\r"))
+
+
+def _parse_fields(
+    source: SourceConfig, text: bytes, names: Sequence[str]
+) -> tuple[pa.Table, list[str]]:
+    if not text.strip():
+        return pa.table({name: pa.array([], pa.string()) for name in names}), []
+    misfits: list[str] = []
+    is_movielens = source.format == "movielens"
+
+    def keep_misfit(row: pacsv.InvalidRow) -> str:
+        misfits.append(row.text.replace(_FIELD_SEPARATOR, "::") if is_movielens else row.text)
+        return "skip"
+
+    table = pacsv.read_csv(
+        io.BytesIO(text),
+        read_options=pacsv.ReadOptions(
+            column_names=list(names), use_threads=False, block_size=_LONGEST_LINE_BYTES
+        ),
+        parse_options=pacsv.ParseOptions(
+            delimiter=_FIELD_SEPARATOR if is_movielens else source.delimiter,
+            quote_char=False if is_movielens else '"',
+            invalid_row_handler=keep_misfit,
+        ),
+        convert_options=pacsv.ConvertOptions(
+            column_types={name: pa.string() for name in names},
+            check_utf8=False,
+            strings_can_be_null=True,
+            null_values=[""],
+            quoted_strings_can_be_null=True,
+        ),
+    )
+    return table, misfits
 
 
 def _field_names(source: SourceConfig, path: str) -> list[str]:
@@ -319,7 +355,10 @@ def _field_names(source: SourceConfig, path: str) -> list[str]:
         raise SourceError(f"{path} has no header; give its `column_names`.")
     with io.BufferedReader(_open(path)) as file:
         line = file.readline().decode("utf-8-sig", errors="replace")
-    header = next(csv.reader([line.rstrip("\r\n")], delimiter=source.delimiter), [])
+    try:
+        header = next(csv.reader([line.rstrip("\r\n")], delimiter=source.delimiter), [])
+    except csv.Error as error:
+        raise SourceError(f"The first line of {path} is no header of a CSV ({error}).") from None
     return [name.strip() for name in header]
 
 
@@ -382,6 +421,11 @@ def _check_columns(source: SourceConfig, path: str, found: Sequence[str]) -> Non
 
 
 def _refuse_missing(path: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    twice = [name for name in wanted if list(found).count(name) > 1]
+    if twice:
+        raise SourceError(
+            f"{path} has the column {twice[0]!r} more than once; give each a name of its own."
+        )
     missing = [name for name in wanted if name not in found]
     if missing:
         raise SourceError(

@@ -1,7 +1,9 @@
 """Requests as a shop's page would send them, with a verdict on each answer."""
 
 import time
+import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -92,14 +94,20 @@ def _check_raw_history(client: httpx.Client, example: Example) -> Check:
 
 def _check_new_event(client: httpx.Client, example: Example) -> Check:
     before = _items(recommend(client, user_id=example.user_id))
-    event = {"user_id": example.user_id, "item_id": before[-1], "event_type": "view"}
-    status = client.post("/v1/events", json={"events": [event]}).status_code
+    event = {
+        "event_id": uuid.uuid4().hex,
+        "user_id": example.user_id,
+        "item_id": before[-1],
+        "event_type": "view",
+        "timestamp": datetime.now(UTC).isoformat(),
+    }
+    response = client.post("/v1/events", json={"events": [event]})
     after = _items(recommend(client, user_id=example.user_id))
+    is_accepted = response.status_code == httpx.codes.ACCEPTED and response.json()["accepted"] == 1
+    passed = is_accepted and after != before and before[-1] not in after
     changed = sum(item not in before for item in after)
-    passed = status == httpx.codes.ACCEPTED and after != before and before[-1] not in after
-    return Check(
-        "a posted event changes the list", passed, f"{status}, {changed} of 10 items are new"
-    )
+    seen = f"{response.status_code}, the item viewed is gone and {changed} of 10 items are new"
+    return Check("a posted event changes the list", passed, seen if passed else response.text[:200])
 
 
 def _check_latency(client: httpx.Client, example: Example, deadline_ms: float) -> Check:

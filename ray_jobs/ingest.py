@@ -9,7 +9,7 @@ table `quarantine`, each with its reason.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -24,11 +24,12 @@ from data_lake.ingest import (
     MergeReport,
     PartReport,
     PartTask,
+    SourceFile,
     Target,
-    complete_events,
-    cut_groups,
     group_edges,
+    load_events,
     load_part,
+    look_at,
     merge_group,
 )
 from data_lake.normalise import check_mapped
@@ -39,7 +40,7 @@ from data_lake.schemas import (
     quarantine_schema,
     users_schema,
 )
-from data_lake.sources import Part, SourceConfig, cut_file, digest_file, list_files
+from data_lake.sources import list_files
 from data_lake.tables import (
     commit_parts,
     create_table,
@@ -57,20 +58,6 @@ _SOURCES = "nextitem.sources"
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file that was found, and the parts that it is read in."""
-
-    source: SourceConfig
-    path: str
-    digest: str
-    parts: list[Part]
-
-    def transaction(self, kind: str) -> tuple[str, int]:
-        """Under which the log of a table remembers the file."""
-        return f"{kind}:{self.digest}", 1
-
-
-@dataclass(frozen=True)
 class Input:
     """What feeds one table."""
 
@@ -81,6 +68,8 @@ class Input:
     table: DeltaTable
     quarantine: DeltaTable
     files: list[SourceFile]
+    again: bool
+    """Whether files count that were read before."""
 
 
 def run(config: PipelineConfig) -> Report:
@@ -94,8 +83,8 @@ def run(config: PipelineConfig) -> Report:
     figures: dict[str, Any] = {}
     for kind in ("items", "users"):
         with timed(kind):
-            figures |= _ingest_attributes(inputs[kind], again=config.ingest.again)
-    new = _only_new(inputs["events"], again=config.ingest.again)
+            figures |= _ingest_attributes(inputs[kind])
+    new = _only_new(inputs["events"])
     figures["files"] = len(new.files)
     figures["files_known_already"] = len(found["events"]) - len(new.files)
     if new.files:
@@ -140,12 +129,12 @@ def _load_and_merge(new: Input) -> tuple[list[PartReport], list[MergeReport]]:
     """Parts to groups of buckets, then each group merged: two rounds of tasks, no shuffle."""
     num_groups = min(new.target.num_buckets, _MAX_GROUPS)
     edges = group_edges(new.target.num_buckets, num_groups)
-    load = ray.remote(_load_events).options(num_returns=1 + num_groups)
+    load = ray.remote(load_events).options(num_returns=1 + num_groups)
     loading = [load.remote(task, new.target, num_groups) for task in _tasks(new)]
     reporting = [references[0] for references in loading]
 
     existing = files_by_bucket(new.table)
-    merge = ray.remote(_merge_events)
+    merge = ray.remote(merge_group)
     merging = [
         merge.remote(
             {b: existing[b] for b in range(edges[group], edges[group + 1]) if b in existing},
@@ -159,25 +148,13 @@ def _load_and_merge(new: Input) -> tuple[list[PartReport], list[MergeReport]]:
     return _get(reporting), _get(merging)
 
 
-def _load_events(task: PartTask, target: Target, num_groups: int) -> tuple[Any, ...]:
-    report, rows = load_part(task, target)
-    events = complete_events(rows, task, target)
-    return report, *cut_groups(events, group_edges(target.num_buckets, num_groups))
-
-
-def _merge_events(
-    existing: Mapping[int, list[str]], target: Target, *pieces: pa.Table
-) -> MergeReport:
-    return merge_group(pieces, existing, target)
-
-
-def _ingest_attributes(given: Input, *, again: bool) -> dict[str, Any]:
+def _ingest_attributes(given: Input) -> dict[str, Any]:
     """Upserts items or users, unless the very same files were the last to come."""
     if not given.files:
         return {}
     kind = given.kind
     stamp = hashlib.sha256("".join(file.digest for file in given.files).encode()).hexdigest()
-    if not again and last_metadata(given.table, _SOURCES) == stamp:
+    if not given.again and last_metadata(given.table, _SOURCES) == stamp:
         return {f"{kind}_upserted": 0}
 
     tasks = _tasks(given)
@@ -207,14 +184,16 @@ def _commit_quarantine(given: Input, reports: Sequence[PartReport]) -> None:
 
 
 def _tasks(given: Input) -> list[PartTask]:
+    def is_quarantined(file: SourceFile) -> bool:
+        known = has_transaction(given.quarantine, file.transaction(given.kind)[0])
+        return known and not given.again
+
     parts = [
-        (file.source, part, has_transaction(given.quarantine, file.transaction(given.kind)[0]))
-        for file in given.files
-        for part in file.parts
+        (file.source, part, is_quarantined(file)) for file in given.files for part in file.parts
     ]
     return [
-        PartTask(source, part, index, is_quarantined)
-        for index, (source, part, is_quarantined) in enumerate(parts)
+        PartTask(source, part, index, is_known)
+        for index, (source, part, is_known) in enumerate(parts)
     ]
 
 
@@ -225,7 +204,7 @@ def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
     for source in getattr(config.ingest, kind):
         check_mapped(source, schema, required)
         found += [(source, path) for path in list_files(source, expand(source.path))]
-    looking = ray.remote(_look_at)
+    looking = ray.remote(look_at)
     files: list[SourceFile] = _get([looking.remote(source, path) for source, path in found])
     unique: dict[str, SourceFile] = {}
     for file in files:
@@ -233,13 +212,9 @@ def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
     return list(unique.values())
 
 
-def _look_at(source: SourceConfig, path: str) -> SourceFile:
-    return SourceFile(source, path, digest_file(path), cut_file(source, path))
-
-
-def _only_new(events: Input, *, again: bool) -> Input:
+def _only_new(events: Input) -> Input:
     def is_new(file: SourceFile) -> bool:
-        return again or not has_transaction(events.table, file.transaction("events")[0])
+        return events.again or not has_transaction(events.table, file.transaction("events")[0])
 
     return replace(events, files=[file for file in events.files if is_new(file)])
 
@@ -280,7 +255,7 @@ def _open_input(
     table = create_table(lake, kind, schema, options, num_buckets=num_buckets)
     quarantine = create_table(lake, "quarantine", quarantine_schema(), options)
     target = Target(lake, options, schema, ingest.num_buckets, started_us)
-    return Input(kind, key, target, table, quarantine, files)
+    return Input(kind, key, target, table, quarantine, files, ingest.again)
 
 
 def _get(references: list[Any]) -> Any:

@@ -93,8 +93,8 @@ def _export(finished: FinishedRun, path: Path) -> None:
     found = parity(model, path)
     if found.overlap < _LEAST_OVERLAP:
         raise JobError(
-            f"The run {finished.folder.name} is not published: its export agrees with only "
-            f"{found.overlap:.2%} of the model's top 10 (largest difference of scores "
+            f"The run {finished.folder.name} is not published: its export agrees with "
+            f"only {found.overlap:.2%} of the model's top 10 (largest difference of scores "
             f"{found.max_difference:.2g})."
         )
 

@@ -28,6 +28,9 @@ class ModelConfig(BaseModel):
     max_len: int = Field(50, ge=2)
     """Positions, the mask token of a bidirectional model included."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    relative_bias: bool = False
+    """Adds to attention what a head learned of the distance between two positions (Raffel et al.,
+    2020). A mask token then finds its neighbours at once, wherever it stands."""
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> "ModelConfig":
@@ -55,6 +58,8 @@ class Block(nn.Module):
         self.widen = nn.Linear(dim, 4 * dim)
         self.narrow = nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(config.dropout)
+        distances = 2 * config.max_len - 1
+        self.distances = nn.Embedding(distances, config.num_heads) if config.relative_bias else None
 
     def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
         x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), mask_BLL))
@@ -68,10 +73,21 @@ class Block(nn.Module):
         q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4)
 
         mixed_BHLd = F.scaled_dot_product_attention(
-            q_BHLd, k_BHLd, v_BHLd, attn_mask=mask_BLL[:, None]
+            q_BHLd, k_BHLd, v_BHLd, attn_mask=self._bias(mask_BLL[:, None], q_BHLd.dtype)
         )
         projected: Tensor = self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
         return projected
+
+
+    def _bias(self, visible_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.distances is None:
+            return visible_B1LL
+        L = visible_B1LL.shape[-1]
+        places_L = torch.arange(L, device=visible_B1LL.device)
+        # Row of the table: 0 for the furthest position ahead, the last one for the furthest behind.
+        rows_LL = places_L[:, None] - places_L + self.distances.num_embeddings // 2
+        bias_HLL = self.distances(rows_LL).permute(2, 0, 1).to(dtype)
+        return bias_HLL.masked_fill(~visible_B1LL, float("-inf"))
 
 
 class ContextEmbedding(nn.Module):
@@ -185,9 +201,10 @@ def append_request(
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():

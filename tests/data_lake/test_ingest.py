@@ -123,7 +123,7 @@ def test_ids_that_are_known_go_altogether(target):
 def test_merging_writes_one_part_a_bucket_in_order_of_arrival(target):
     pieces = [some_events(target, ["a", "b"]), some_events(target, ["b", "c"], index=1)]
     other = some_events(target, ["x"], user=2)
-    report = merge_group([*pieces, other], {}, target)
+    report = merge_group({}, target, *pieces, other)
     mine, others = (int(bucket_of(pa.array([user]), 4)[0]) for user in (1, 2))
     assert mine != others
     assert read_parts(target, report) == {mine: ["a", "b", "c"], others: ["x"]}
@@ -131,12 +131,12 @@ def test_merging_writes_one_part_a_bucket_in_order_of_arrival(target):
 
 
 def test_merging_leaves_out_what_was_committed(target):
-    first = merge_group([some_events(target, ["a", "b"])], {}, target)
+    first = merge_group({}, target, some_events(target, ["a", "b"]))
     (part,) = first.parts
     existing = {part.bucket: [f"{table_uri(target.lake_uri, 'events')}/{part.path}"]}
-    second = merge_group([some_events(target, ["b", "c"])], existing, target)
+    second = merge_group(existing, target, some_events(target, ["b", "c"]))
     assert list(read_parts(target, second).values()) == [["c"]]
-    again = merge_group([some_events(target, ["b", "a"])], existing, target)
+    again = merge_group(existing, target, some_events(target, ["b", "a"]))
     assert (again.parts, again.num_duplicates) == ([], 2)
 
 
@@ -151,7 +151,7 @@ def test_a_part_is_loaded_and_its_bad_rows_are_written_with_their_source(tmp_pat
     assert quarantined["reason"].to_pylist() == [
         "timestamp is before 1990",
         "user_id is not a whole number",
-        "the line has another number of fields, or is not JSON",
+        "the line has too few or too many fields, an open quote, or is no JSON object",
     ]
     assert set(quarantined["source"].to_pylist()) == {str(file)}
 

@@ -199,7 +199,7 @@ def test_a_rejected_row_comes_whole_with_its_first_reason():
     assert rejected["raw"][1].as_py() == "half a li"
     assert rejected["reason"].to_pylist() == [
         "user_id is not a whole number",
-        "the line has another number of fields, or is not JSON",
+        "the line has too few or too many fields, an open quote, or is no JSON object",
     ]
 
 

@@ -34,7 +34,7 @@ def read_all(config, path):
         assert raw.num_read == raw.columns.num_rows + len(raw.misfits)
         rows += [list(row.values()) for row in raw.columns.to_pylist()]
         misfits += raw.misfits
-    return [[v.decode() if isinstance(v, bytes) else v for v in row] for row in rows], misfits
+    return rows, misfits
 
 
 def test_an_unknown_format_names_the_known_ones():
@@ -130,10 +130,41 @@ def test_a_line_with_another_number_of_fields_is_a_misfit(tmp_path):
     assert misfits == ["1,2,3", "7"]
 
 
+def test_an_open_quote_costs_its_own_line_only(tmp_path):
+    (tmp_path / "a.csv").write_text('who,what\n1,"x\n2,y\n3,5" disk\n4,"z"\n5,"a\n6,""""\n')
+    rows, misfits = read_all(source(), tmp_path / "a.csv")
+    assert rows == [["2", "y"], ["4", "z"], ["6", '"']]
+    assert misfits == ['1,"x', '3,5" disk', '5,"a']
+
+
+def test_an_open_quote_in_a_long_text_does_not_stop_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST_LINE_BYTES", 64)
+    (tmp_path / "a.csv").write_text('who,what\n0,"x\n' + "1,2\n" * 100)
+    rows, misfits = read_all(source(), tmp_path / "a.csv")
+    assert (len(rows), misfits) == (100, ['0,"x'])
+
+
+def test_a_quote_amid_a_field_is_a_character(tmp_path):
+    (tmp_path / "a.csv").write_text('who,what\n1,5" disk\n')
+    assert read_all(source(), tmp_path / "a.csv") == ([["1", '5" disk']], [])
+
+
+def test_a_misfit_need_not_be_utf_8(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"who,what\n1,\xff,3\n1,2\n")
+    rows, misfits = read_all(source(), tmp_path / "a.csv")
+    assert (rows, misfits) == ([["1", "2"]], ["1,\ufffd,3"])
+
+
 def test_movielens_is_apart_by_two_colons_in_latin_1(tmp_path):
     (tmp_path / "a.dat").write_bytes('1::Léon: The "Pro" (1994)::Drama\n'.encode("latin-1"))
     config = source("movielens", column_names=("who", "what", "genre"))
     assert read_all(config, tmp_path / "a.dat")[0] == [["1", 'Léon: The "Pro" (1994)', "Drama"]]
+
+
+def test_a_misfit_of_movielens_is_shown_as_it_came(tmp_path):
+    (tmp_path / "a.dat").write_text("1::2::3\n4::5\n")
+    config = source("movielens", column_names=("who", "what"))
+    assert read_all(config, tmp_path / "a.dat") == ([["4", "5"]], ["1::2::3"])
 
 
 def test_movielens_without_column_names_asks_for_them(tmp_path):
@@ -193,6 +224,12 @@ def test_a_compressed_text_is_refused(tmp_path, kind):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"who,what\n1,2\n"))
     with pytest.raises(SourceError, match=r"a\.gz is compressed; unpack it"):
         cut_file(source(kind), str(tmp_path / "a.gz"))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("who,what,who\n1,2,3\n")
+    with pytest.raises(SourceError, match="has the column 'who' more than once"):
+        cut_file(source(), str(tmp_path / "a.csv"))
 
 
 def test_an_empty_file_has_no_parts(tmp_path):
