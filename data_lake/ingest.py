@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from data_lake.buckets import bucket_of
 from data_lake.normalise import Normalised, derive_event_ids, normalise
+from data_lake.readers import read_part
 from data_lake.schemas import PARTITION, TIMESTAMP, quarantine_schema
-from data_lake.sources import Part, SourceConfig, cut_file, digest_file, read_part
+from data_lake.sources import Part, SourceConfig, cut_file, digest_file
 from data_lake.tables import Part as WrittenPart
 from data_lake.tables import read_files, write_part
 

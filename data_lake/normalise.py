@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from data_lake.buckets import hash_ids, mix
 from data_lake.errors import SourceError
+from data_lake.readers import RawRows
 from data_lake.schemas import TIMESTAMP
-from data_lake.sources import RawRows, SourceConfig
+from data_lake.sources import SourceConfig
 
 Mask = NDArray[np.bool_]
 

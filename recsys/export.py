@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
 from recsys.errors import ArtifactError
@@ -78,7 +79,8 @@ def export_onnx(model: NextItemModel, path: Path) -> None:
     example = sample_inputs(model, num_windows=2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=4096)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with warnings.catch_warnings():
+    # The fused attention kernels promise strides that their decomposition does not keep.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # The exporter's own calls are deprecated by the libraries below it.
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from data_lake.errors import SourceError
 from data_lake.normalise import check_mapped, derive_event_ids, normalise
+from data_lake.readers import RawRows, show_as_json
 from data_lake.schemas import TIMESTAMP, events_schema, items_schema
-from data_lake.sources import RawRows, SourceConfig, show_as_json
+from data_lake.sources import SourceConfig
 
 NOW_US = 1_760_000_000_000_000
 GOOD = {"user_id": 1, "item_id": 2, "event_type": "view", "timestamp": NOW_US}
