@@ -6,7 +6,6 @@ A row that does not fit is told apart with the first reason that was found, neve
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
@@ -180,6 +179,8 @@ def _given(table: pa.Table, names: str | tuple[str, ...]) -> pa.Array:
 
 
 def _decoded(values: pa.Array) -> pa.Array:
+    if pa.types.is_string(values.type):
+        values = values.view(pa.binary())
     if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
         return values
     try:
@@ -264,10 +265,14 @@ def _as_timestamps(values: pa.Array, source: SourceConfig) -> _Column:
         return _as_iso_timestamps(_texts(values), source.timezone)
     numbers = _as_floats(values)
     scaled = pc.multiply(numbers.values, float(_US_PER_UNIT[source.timestamp_unit]))
+    near = pc.round(_clipped(scaled, float(_BEYOND_US)))
+    return _Column(near.cast(pa.int64()).cast(TIMESTAMP), numbers.is_bad)
+
+
+def _clipped(values: pa.Array, limit: float) -> pa.Array:
     # What is far beyond every calendar is kept at the edge, so that the check of the range says so.
-    near = pc.min_element_wise(scaled, float(_BEYOND_US), skip_nulls=False)
-    near = pc.max_element_wise(near, -float(_BEYOND_US), skip_nulls=False)
-    return _Column(pc.round(near).cast(pa.int64()).cast(TIMESTAMP), numbers.is_bad)
+    near = pc.min_element_wise(values, limit, skip_nulls=False)
+    return pc.max_element_wise(near, -limit, skip_nulls=False)
 
 
 def _as_iso_timestamps(texts: pa.Array, timezone: str) -> _Column:
@@ -278,22 +283,27 @@ def _as_iso_timestamps(texts: pa.Array, timezone: str) -> _Column:
             pass  # some have an offset and some have none, or some are no time at all
     # Each distinct text is parsed once.
     encoded = pc.dictionary_encode(texts)
-    zone = ZoneInfo(timezone)
-    parsed = [_parse_iso(text, zone) for text in encoded.dictionary.to_pylist()]
-    values = pa.array(parsed, TIMESTAMP).take(encoded.indices)
+    parsed = [_parse_iso(text) for text in encoded.dictionary.to_pylist()]
+    aware = pa.array([one if one and one.tzinfo else None for one in parsed], TIMESTAMP)
+    naive = [one if one and not one.tzinfo else None for one in parsed]
+    local = _in_utc(pa.array(naive, pa.timestamp("us")), timezone)
+    values = pc.coalesce(aware, local).take(encoded.indices)
     return _Column(values, _is_null(values) & ~_is_null(texts))
 
 
 def _in_utc(values: pa.Array, timezone: str) -> pa.Array:
+    if values.type.unit in ("s", "ms"):
+        limit = _BEYOND_US // _US_PER_UNIT[values.type.unit]
+        values = _clipped(values.cast(pa.int64()), limit).cast(values.type)
     if values.type.tz is None:
         values = pc.assume_timezone(values, timezone, ambiguous="earliest", nonexistent="earliest")
     return values.cast(TIMESTAMP, safe=False)
 
 
-def _parse_iso(text: str, zone: ZoneInfo) -> datetime | None:
+def _parse_iso(text: str) -> datetime | None:
     try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+        moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
+        return moment.astimezone(UTC) if moment.tzinfo else moment
     except (ValueError, OverflowError):
         return None
 
@@ -302,14 +312,25 @@ def _parsed(values: pa.Array, pattern: str, kind: pa.DataType) -> _Column:
     """Numbers from text, null and bad where it does not fit the pattern or the type."""
     texts = _texts(values)
     try:
-        return _all_good(texts.cast(kind))
+        numbers = texts.cast(kind)
     except pa.ArrowInvalid:
-        encoded = pc.dictionary_encode(texts)
+        pass  # some fit only after a closer look, or not at all
+    else:
+        # A cast takes hexadecimals and "nan", which the pattern does not.
+        if not _may_hold(texts, b"xXnN"):
+            return _all_good(numbers)
+    encoded = pc.dictionary_encode(texts)
     words = encoded.dictionary
     plain = pc.replace_substring_regex(words, r"^\+|\.0*$", "")
     fitting = pc.if_else(pc.match_substring_regex(words, pattern), plain, None)
     numbers = _cast_some(fitting, kind).take(encoded.indices)
     return _Column(numbers, _is_null(numbers) & ~_is_null(texts))
+
+
+def _may_hold(texts: pa.Array, letters: bytes) -> bool:
+    buffer = texts.buffers()[2]
+    content = b"" if buffer is None else buffer.to_pybytes()
+    return any(letter in content for letter in letters)
 
 
 def _cast_some(texts: pa.Array, kind: pa.DataType) -> pa.Array:

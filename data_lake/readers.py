@@ -77,7 +77,12 @@ def show_as_json(table: pa.Table, rows: Sequence[int]) -> list[str]:
     """Rows of a table as JSON objects; what JSON lacks becomes text."""
     if not len(rows):
         return []
-    return [json.dumps(row, default=_json_text) for row in table.take(rows).to_pylist()]
+    shown = table.take(rows)
+    for position, field in enumerate(shown.schema):
+        # Python knows neither nanoseconds nor the years beyond 9999.
+        if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type):
+            shown = shown.set_column(position, field.name, shown[position].cast(pa.string()))
+    return [json.dumps(row, default=_json_text) for row in shown.to_pylist()]
 
 
 def _json_text(value: object) -> str:
@@ -206,7 +211,7 @@ def _as_array(values: list[object]) -> pa.Array:
     """One type where the values have one, else text."""
     try:
         array = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         return pa.array([_as_text(value) for value in values], pa.string())
     if pa.types.is_nested(array.type) or pa.types.is_null(array.type):
         return pa.array([_as_text(value) for value in values], pa.string())
@@ -214,9 +219,12 @@ def _as_array(values: list[object]) -> pa.Array:
 
 
 def _as_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value)
+    if isinstance(value, str):
+        # JSON can escape half a character, which is no text.
+        return value.encode(errors="replace").decode()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None else json.dumps(value)
 
 
 def _check_keys(source: SourceConfig, part: Part, rows: list[dict[str, object]]) -> None:

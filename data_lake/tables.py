@@ -5,6 +5,7 @@ commits all of them together (`commit_parts`). Until then no reader sees a row.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -89,8 +90,12 @@ def create_table(
     Raises: TableError when it exists with other columns or another number of buckets.
     """
     uri = table_uri(lake_uri, name)
-    if not uri.startswith(("s3://", "gs://", "az://")):
-        pafs.LocalFileSystem().create_dir(uri.removeprefix("file://"), recursive=True)
+    if "://" not in uri and re.search("%[0-9A-Fa-f]{2}", uri):
+        # deltalake reads `%20` in a path as a space, and then finds nothing there.
+        raise TableError(f"{uri} has a % code in its path; use a storage.root without one.")
+    if "://" not in uri or uri.startswith("file://"):
+        filesystem, path = _filesystem(uri, options)
+        filesystem.create_dir(path, recursive=True)
     table = DeltaTable.create(
         uri,
         schema=schema,
@@ -278,6 +283,11 @@ def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
 
 def _check_same(table: DeltaTable, name: str, schema: pa.Schema, num_buckets: int | None) -> None:
     existing = pa.schema(table.schema())
+    missing = [column for column in schema.names if column not in existing.names]
+    if missing:
+        raise TableError(
+            f"The table {name!r} has no column {', '.join(missing)}; use a new storage.root."
+        )
     for column in ("user_id", "item_id"):
         if column in schema.names and existing.field(column).type != schema.field(column).type:
             raise TableError(

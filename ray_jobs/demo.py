@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import ray
+import ray.data
 
 from data_lake.errors import LakeError
 from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
@@ -27,6 +28,8 @@ from ray_jobs.runs import open_run
 from recsys.errors import RecsysError
 
 _OBJECT_STORE_BYTES = 1_000_000_000
+_CHATTY = ("ray.data", "torch.onnx", "onnxscript", "onnx_ir")
+"""Loggers whose warnings say nothing about our stages."""
 _Stage = tuple[str, Callable[[PipelineConfig], Report]]
 
 ROAD: tuple[_Stage, ...] = (
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses, runs, serves and exits."""
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         # A model that loses to a baseline is shown and counted as a shortfall, not hidden.
         fixed = [f"serve.port={arguments.port}", "publish.must_beat_baselines=false"]
@@ -73,19 +78,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def start_ray() -> None:
     """A Ray of our own on this machine. Raises: JobError when memory does not allow it."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     try:
         context = ray.init(
             num_cpus=max(2, os.cpu_count() or 2),
             include_dashboard=True,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
+            logging_config=ray.LoggingConfig(log_level="WARNING"),
         )
     except ValueError as error:
         raise JobError(
             f"Ray did not start: {error}. The demo's object store needs "
             f"{_OBJECT_STORE_BYTES / 1e9:.0f} GB of memory; close other programs."
         ) from None
+    # Bars of several tasks would overwrite each other; each stage reports when it is done.
+    ray.data.DataContext.get_current().enable_progress_bars = False
     print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
 
 

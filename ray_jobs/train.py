@@ -21,7 +21,14 @@ import ray
 import ray.data
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+)
 from ray.train import ScalingConfig as Scaling
 from ray.train.torch import TorchTrainer, get_device
 
@@ -91,8 +98,6 @@ def run(config: PipelineConfig) -> Report:
 
 def train_worker(plan_parts: Mapping[str, Any]) -> None:
     """What runs on each worker: every rank holds all tokens and takes its part of each batch."""
-    # Ray logs each report in full; the line of `_record` says the same to a person.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     plan: WorkerPlan = plan_parts["plan"]
     context = plan.vocabulary.context
     store = collect_tokens(ray.train.get_dataset_shard("tokens"), len(context.fields))
@@ -155,6 +160,8 @@ def _fit(plan: WorkerPlan, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
                 num_to_keep=2, checkpoint_score_attribute="ndcg10", checkpoint_score_order="max"
             ),
             failure_config=FailureConfig(max_failures=plan.config.train.max_failures),
+            # Ray would log each report in full; the line of `_record` says the same to a person.
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"tokens": tokens},
         dataset_config=DataConfig(datasets_to_split=[]),

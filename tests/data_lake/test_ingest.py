@@ -4,6 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_lake.buckets import bucket_of
 from data_lake.ingest import (
@@ -162,3 +164,29 @@ def test_bad_rows_that_are_in_quarantine_are_counted_only(tmp_path, target):
     known = replace(task(path=str(file)), is_quarantined=True)
     report, _ = load_part(known, target)
     assert (report.num_rejected, report.quarantine) == (1, None)
+
+
+IDS = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 3)), max_size=12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(IDS, IDS)
+def test_each_distinct_event_is_kept_exactly_once(tmp_path_factory, first, second):
+    folder = tmp_path_factory.mktemp("lake")
+    schema = events_schema("int64", "int64")
+    target = Target(str(folder / "lake"), {}, schema, num_buckets=4, started_us=NOW_US)
+    kept, existing = [], {}
+    for index, events in enumerate((first, second)):
+        file = folder / f"{index}.csv"
+        lines = [f"{name}{user},{user},7,view,{NOW_US}" for name, user in events]
+        file.write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+        this = task(index, str(file))
+        _, rows = load_part(this, target)
+        groups = cut_groups(complete_events(rows, this, target), group_edges(4, 2))
+        for group in groups:
+            report = merge_group(existing, target, group)
+            kept += [one for ids in read_parts(target, report).values() for one in ids]
+            for part in report.parts:
+                uri = f"{table_uri(target.lake_uri, 'events')}/{part.path}"
+                existing.setdefault(part.bucket, []).append(uri)
+    assert sorted(kept) == sorted({f"{name}{user}" for name, user in first + second})

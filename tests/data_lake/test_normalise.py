@@ -251,3 +251,33 @@ def test_whatever_comes_is_either_taken_or_rejected(rows):
         assert result.rows.schema == pa.schema(
             [events_schema(ids, ids).field(name) for name in result.rows.column_names]
         )
+
+
+def test_parquet_text_that_is_no_utf8_does_not_cost_the_rows_beside_it():
+    broken = pa.array([b"a", b"\xff"]).view(pa.string())
+    assert read_one("device", broken) == (["a", "\ufffd"], [])
+
+
+def test_a_time_may_end_in_the_letters_utc():
+    taken, _ = read_one("timestamp", ["2025-01-02 03:04:05 UTC"], timestamp_unit="iso")
+    assert taken == [at(2025, 1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("beside", [[], ["2025-01-02T03:04:05Z"]])
+def test_an_hour_that_a_clock_skips_is_the_same_whatever_stands_beside_it(beside):
+    settings = {"timestamp_unit": "iso", "timezone": "Europe/Berlin"}
+    taken, _ = read_one("timestamp", ["2024-03-31T02:30:00", *beside], **settings)
+    assert taken[0] == at(2024, 3, 31, 0, 59, 59, 999999)
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_a_timestamp_beyond_every_calendar_is_in_the_future(unit):
+    far = pa.array([2**62], pa.timestamp(unit))
+    assert read_one("timestamp", far) == ([], ["timestamp is in the future"])
+
+
+@pytest.mark.parametrize("beside", [[], ["x"]])
+def test_a_hexadecimal_is_no_number_whatever_stands_beside_it(beside):
+    taken, reasons = read_one("user_id", ["0x10", *beside])
+    assert taken == []
+    assert set(reasons) == {"user_id is not a whole number"}

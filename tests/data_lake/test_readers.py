@@ -3,6 +3,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_lake import readers, sources
 from data_lake.errors import SourceError
@@ -143,3 +145,63 @@ def test_a_key_that_no_line_of_json_has_is_named(tmp_path):
 def test_a_header_alone_has_no_rows(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"who,what\n")
     assert read_all(source(), tmp_path / "a.csv") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("line", "rows", "misfits"),
+    [(b"1,\xff\x00", [["1", "\ufffd\x00"]], []), (b"\xff", [], ["\ufffd"])],
+)
+def test_bytes_that_are_no_text_do_not_cost_the_rows_beside_them(tmp_path, line, rows, misfits):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"who,what\n" + line + b"\n2,b\n")
+    assert read_all(source(), file) == ([*rows, ["2", "b"]], misfits)
+
+
+def test_lines_that_end_in_a_bare_return_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"who,what\r1,a\r")
+    with pytest.raises(SourceError, match=r"a\.csv is no header of a CSV"):
+        read_all(source(), tmp_path / "a.csv")
+
+
+def test_a_misfit_of_movielens_stays_as_it_came(tmp_path):
+    (tmp_path / "a.dat").write_bytes(b"1::a::x\n2::b\n")
+    config = source("movielens", column_names=("who", "what", "why"))
+    rows, misfits = read_all(config, tmp_path / "a.dat")
+    assert (len(rows), misfits) == (1, ["2::b"])
+
+
+def test_half_a_character_in_json_does_not_crash(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"who": "1", "what": "a\\ud800"}\n')
+    assert read_all(source("jsonl"), tmp_path / "a.jsonl") == ([["1", "a?"]], [])
+
+
+def test_a_whole_number_in_json_is_the_same_text_whatever_stands_beside_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"who": 1.0, "what": "a"}\n{"who": "u2", "what": "b"}\n')
+    rows, _ = read_all(source("jsonl"), tmp_path / "a.jsonl")
+    assert rows == [["1", "a"], ["u2", "b"]]
+
+
+def test_a_moment_that_python_does_not_know_can_be_shown(tmp_path):
+    times = pa.array([10**18, 0], pa.timestamp("us"))
+    pq.write_table(pa.table({"who": [1, 2], "what": [3, 4], "at": times}), tmp_path / "a.parquet")
+    [part] = cut_file(source("parquet"), str(tmp_path / "a.parquet"))
+    far, epoch = map(json.loads, read_part(source("parquet"), part).show([0, 1]))
+    assert far["at"] == "<value out of range: 1000000000000000000>"
+    assert epoch["at"] == "1970-01-01 00:00:00.000000"
+
+
+FIELD = st.text(st.characters(codec="utf-8", exclude_characters='",\r\n\0'), max_size=6)
+
+
+@settings(deadline=None)
+@given(st.lists(FIELD, max_size=8), st.integers(1, 40), st.booleans(), st.booleans())
+def test_whatever_lines_say_each_is_read_once(tmp_path_factory, items, size, has_header, ends):
+    lines = ["who,what"] * has_header + [f"{n},x{item}" for n, item in enumerate(items)]
+    file = tmp_path_factory.getbasetemp() / "lines.csv"
+    file.write_bytes(("\n".join(lines) + "\n" * ends).encode())
+    config = source() if has_header else source(column_names=("who", "what"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_PART_BYTES", size)
+        rows, misfits = read_all(config, file)
+    assert rows == [[str(n), f"x{item}"] for n, item in enumerate(items)]
+    assert misfits == []

@@ -191,3 +191,22 @@ def test_a_lake_may_be_a_file_uri(lake):
     table = create_users(uri)
     commit_parts(table, [write_part(uri, "users", some_users(1), 3)])
     assert read_files(bucket_files(table, 3), ["user_id"])["user_id"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("name", ["100%", "a b", "caf\u00e9", "a?b#c"])
+def test_a_lake_may_have_odd_characters_in_its_path(tmp_path, name):
+    lake = str(tmp_path / name)
+    commit_parts(create_users(lake), [write_part(lake, "users", some_users(1), 3)])
+    files = bucket_files(open_table(lake, "users"), 3)
+    assert read_files(files, ["user_id"])["user_id"].to_pylist() == [1]
+
+
+def test_a_lake_with_a_percent_code_in_its_path_is_refused(tmp_path):
+    with pytest.raises(TableError, match=r"a%20b/users has a % code in its path"):
+        create_users(str(tmp_path / "a%20b"))
+
+
+def test_a_table_that_lacks_a_column_is_refused(lake):
+    create_table(lake, "items", users_schema("string"))
+    with pytest.raises(TableError, match="has no column item_id, title, category"):
+        create_table(lake, "items", items_schema("string"))

@@ -1,10 +1,12 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from data_lake.errors import SourceError
+from data_lake.errors import ConflictError, SourceError
 from data_lake.tables import commit_parts, open_table, read_table
 from ray_jobs import generate, ingest
 from ray_jobs.config import PipelineConfig
@@ -211,3 +213,62 @@ def test_real_logs_arrive_whole(name, num_events, tmp_path, ray_cluster, monkeyp
     assert counts(report) == (num_events, num_events, 0, 0)
     events = read_table(open_table(config.storage.lake_uri, "events"), ["event_id"])
     assert len(events["event_id"].unique()) == num_events
+
+
+@pytest.mark.ray
+def test_a_bad_delivery_leaves_what_is_there(shop, ray_cluster):
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    ingest.run(pipeline())
+    (shop / "events" / "2.csv").write_text("user,item\n1,2\n")
+    with pytest.raises(SourceError, match=r"2\.csv has no column"):
+        ingest.run(pipeline())
+    assert open_table(str(shop / "lake"), "events").version() == 1
+    assert len(read(shop, "events")) == 2
+
+
+@pytest.mark.ray
+def test_late_events_and_rows_added_to_a_file_land_beside_what_is_there(shop, ray_cluster):
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    ingest.run(pipeline())
+    write_csv(shop / "events" / "1.csv", [*DAY_ONE, "u1,i9,view,900000000"])
+    assert counts(ingest.run(pipeline())) == (4, 1, 3, 0)
+    rows = sorted(read(shop, "events"), key=lambda row: row["timestamp"])
+    assert [row["item_id"] for row in rows] == ["i9", "i1", "i2"]
+
+
+@pytest.mark.ray
+def test_of_two_runs_at_a_time_one_asks_to_be_run_again(shop, ray_cluster, monkeypatch):
+    def commit_after_another_run(table, parts, **rest):
+        if table.table_uri.rstrip("/").endswith("events"):
+            monkeypatch.undo()
+            monkeypatch.setenv("SHOP", str(shop))
+            write_csv(shop / "events" / "1.csv", DAY_TWO)
+            ingest.run(pipeline())
+        return commit_parts(table, parts, **rest)
+
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    monkeypatch.setattr(ingest, "commit_parts", commit_after_another_run)
+    # Both have the purchase of u2, and neither sees that of the other.
+    with pytest.raises(ConflictError, match="run this one again"):
+        ingest.run(pipeline())
+    assert len(read(shop, "events")) == 2
+
+
+@pytest.mark.ray
+def test_a_missing_file_ends_the_command_with_one_sentence(shop):
+    (shop / "toy.toml").write_text(
+        f'''
+        name = "toy"
+        storage = {{ root = "{shop}" }}
+        [[ingest.events]]
+        path = "{shop}/nothing.csv"
+        format = "csv"
+        columns = {{ user_id = "u", item_id = "i", event_type = "e", timestamp = "t" }}
+        '''
+    )
+    command = [sys.executable, "-m", "ray_jobs.ingest", "--config", str(shop / "toy.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ingest failed: There is no file {shop}/nothing.csv; check the path of the csv source."
+    )
