@@ -28,8 +28,15 @@ from ray_jobs.runs import open_run
 from recsys.errors import RecsysError
 
 _OBJECT_STORE_BYTES = 1_000_000_000
-_CHATTY = ("ray.data", "torch.onnx", "onnxscript", "onnx_ir")
-"""Loggers whose warnings say nothing about our stages."""
+_CHATTY = (
+    "ray.data",
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.progress",
+    "torch.onnx",
+    "onnxscript",
+    "onnx_ir",
+)
+"""Loggers that say nothing about our stages below an error."""
 _Stage = tuple[str, Callable[[PipelineConfig], Report]]
 
 ROAD: tuple[_Stage, ...] = (
@@ -47,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses, runs, serves and exits."""
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for chatty in _CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    quieten_loggers()
     try:
         # A model that loses to a baseline is shown and counted as a shortfall, not hidden.
         fixed = [f"serve.port={arguments.port}", "publish.must_beat_baselines=false"]
@@ -84,7 +90,7 @@ def start_ray() -> None:
             include_dashboard=True,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
-            logging_config=ray.LoggingConfig(log_level="WARNING"),
+            runtime_env={"worker_process_setup_hook": quieten_loggers},
         )
     except ValueError as error:
         raise JobError(
@@ -94,6 +100,12 @@ def start_ray() -> None:
     # Bars of several tasks would overwrite each other; each stage reports when it is done.
     ray.data.DataContext.get_current().enable_progress_bars = False
     print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
+
+
+def quieten_loggers() -> None:
+    """Leaves the screen to the stages; runs here and in every worker."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_demo(config: PipelineConfig, *, serve_only: bool = False) -> list[str]:

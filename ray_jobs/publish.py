@@ -65,8 +65,8 @@ def _refuse_if_beaten(finished: FinishedRun, evaluation: dict[str, Any]) -> None
     if stronger:
         raise JobError(
             f"The run {finished.folder.name} is not published: {', '.join(stronger)} reached at "
-            "least its NDCG@10. Train longer or with another recipe, or set publish.must_beat_baselines "
-            "to false."
+            "least its NDCG@10. Train longer or with another recipe, or set "
+            "publish.must_beat_baselines to false."
         )
 
 

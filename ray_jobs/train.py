@@ -98,6 +98,8 @@ def run(config: PipelineConfig) -> Report:
 
 def train_worker(plan_parts: Mapping[str, Any]) -> None:
     """What runs on each worker: every rank holds all tokens and takes its part of each batch."""
+    # Ray Train logs each report in full from a logger below the root, past its own settings.
+    logging.getLogger().setLevel(logging.WARNING)
     plan: WorkerPlan = plan_parts["plan"]
     context = plan.vocabulary.context
     store = collect_tokens(ray.train.get_dataset_shard("tokens"), len(context.fields))
