@@ -10,9 +10,11 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import ray
 import ray.data
@@ -23,11 +25,12 @@ from ray_jobs.config import PipelineConfig
 from ray_jobs.datasets import ensure_dataset
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.http_checks import Check, check_endpoint, example_user
-from ray_jobs.job import Report, builtin_configs, load_config
+from ray_jobs.job import Report, builtin_configs, load_config, reason_of
 from ray_jobs.runs import open_run
 from recsys.errors import RecsysError
 
 _OBJECT_STORE_BYTES = 1_000_000_000
+_NEEDED_BYTES = 4_000_000_000
 _CHATTY = (
     "ray.data",
     "ray.data._internal.execution.streaming_executor",
@@ -59,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A model that loses to a baseline is shown and counted as a shortfall, not hidden.
         fixed = [f"serve.port={arguments.port}", "publish.must_beat_baselines=false"]
         config = load_config(arguments.data, [*fixed, *arguments.set])
+        serve.refuse_taken_port(config)
         ensure_dataset(arguments.data)
         start_ray()
         shortfalls = run_demo(config, serve_only=arguments.serve_only)
         wait_or_exit(arguments.exit, shortfalls)
     except (LakeError, RecsysError, JobError, OSError) as error:
-        print(f"\ndemo failed: {error}", file=sys.stderr, flush=True)
+        print(f"\ndemo failed: {reason_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     finally:
         ray.shutdown()
@@ -84,6 +88,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def start_ray() -> None:
     """A Ray of our own on this machine. Raises: JobError when memory does not allow it."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    available = available_bytes()
+    if available is not None and available < _NEEDED_BYTES:
+        raise JobError(
+            f"The demo needs {_NEEDED_BYTES / 1e9:.0f} GB of free memory, "
+            f"{_OBJECT_STORE_BYTES / 1e9:.0f} of them for Ray's object store, and this machine has "
+            f"{available / 1e9:.1f}; close other programs."
+        )
     try:
         context = ray.init(
             num_cpus=max(2, os.cpu_count() or 2),
@@ -93,13 +104,19 @@ def start_ray() -> None:
             runtime_env={"worker_process_setup_hook": quieten_loggers},
         )
     except ValueError as error:
-        raise JobError(
-            f"Ray did not start: {error}. The demo's object store needs "
-            f"{_OBJECT_STORE_BYTES / 1e9:.0f} GB of memory; close other programs."
-        ) from None
+        raise JobError(f"Ray did not start: {error}") from None
     # Bars of several tasks would overwrite each other; each stage reports when it is done.
     ray.data.DataContext.get_current().enable_progress_bars = False
     print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
+
+
+def available_bytes() -> int | None:
+    """Memory that programs can still get, None where the system does not tell."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
+    return 1024 * int(found[1]) if found else None
 
 
 def quieten_loggers() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
+from ray.exceptions import RayTaskError
 
 from data_lake.errors import LakeError
 from ray_jobs.config import CONFIGS, PipelineConfig
@@ -183,6 +184,12 @@ def _readable(value: Any) -> str:
     return str(value)
 
 
+def reason_of(error: Exception) -> Exception:
+    """The error itself, without the traceback of the Ray worker that raised it."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def _fail(job: str, error: Exception, status: int) -> None:
+    error = reason_of(error)
     print(f"{job} failed: {error}", file=sys.stderr, flush=True)
     raise SystemExit(status)

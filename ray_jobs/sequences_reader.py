@@ -14,7 +14,7 @@ from data_lake.tables import files_by_bucket, open_table, read_files, read_table
 from ray_jobs.config import PipelineConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
-from recsys.splits import SplitConfig, split_offsets
+from recsys.splits import Split, SplitConfig, split_offsets
 from recsys.tokens import TokenStore
 
 _COLUMNS = ["user_id", "segment", "item_ids", "event_types", "timestamps", "devices"]
@@ -27,6 +27,17 @@ class Vocabulary:
 
     catalogue: Catalogue
     context: ContextEncoder
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a first pass over the sequences tells."""
+
+    vocabulary: Vocabulary
+    num_trainable: int
+    """Users with two training events or more."""
+    num_validated: int
+    """Users with a validation event."""
 
 
 def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaTable:
@@ -45,7 +56,7 @@ def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaT
     return table
 
 
-def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Vocabulary:
+def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
     """The catalogue (items of all sequences, their training counts, their attributes) and the
     values that the context fields take in training."""
     counted = _buckets(sequences).map_batches(
@@ -65,7 +76,12 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Vocabular
         name: _as_counts(counts.filter(pc.equal(counts["field"], name)))
         for name in config.train.context.categorical
     }
-    return Vocabulary(catalogue, ContextEncoder.learn(config.train.context, values))
+    users = _as_counts(counts.filter(pc.equal(counts["field"], "users")))
+    return Learned(
+        Vocabulary(catalogue, ContextEncoder.learn(config.train.context, values)),
+        num_trainable=users["trainable"],
+        num_validated=users["validated"],
+    )
 
 
 def load_tokens(
@@ -98,10 +114,13 @@ def _buckets(sequences: DeltaTable) -> ray.data.Dataset:
 
 def _count_bucket(batch: pa.Table, *, split: SplitConfig, options: dict[str, str]) -> pa.Table:
     sequences = read_files(batch["files"][0].as_py(), _COLUMNS, options).combine_chunks()
-    is_training = _is_training(sequences, split)
+    offsets_U, cut = _split(sequences, split)
+    places_T = np.arange(offsets_U[-1])
+    is_training = pa.array(places_T < np.repeat(cut.train_end_U, np.diff(offsets_U)))
     items = _flatten(sequences, "item_ids")
     # Items that were only seen later are in the catalogue too, with a count of 0.
     parts = [
+        _users(offsets_U, cut),
         _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
         _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
     ]
@@ -125,13 +144,18 @@ def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str
     return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
 
 
-def _is_training(sequences: pa.Table, split: SplitConfig) -> pa.Array:
-    lists = sequences["item_ids"].chunk(0)
-    lengths_U = lists.value_lengths().to_numpy(zero_copy_only=False)
+def _split(sequences: pa.Table, split: SplitConfig) -> tuple[np.ndarray, Split]:
+    lengths_U = sequences["item_ids"].chunk(0).value_lengths().to_numpy(zero_copy_only=False)
     offsets_U = np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
     timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
-    train_end_U = split_offsets(offsets_U, timestamps_T, split).train_end_U
-    return pa.array(np.arange(offsets_U[-1]) < np.repeat(train_end_U, lengths_U))
+    return offsets_U, split_offsets(offsets_U, timestamps_T, split)
+
+
+def _users(offsets_U: np.ndarray, cut: Split) -> pa.Table:
+    trainable = int((cut.train_end_U - offsets_U[:-1] >= 2).sum())
+    validated = int((cut.validation_U >= 0).sum())
+    counts = {"value": ["trainable", "validated"], "count": [trainable, validated]}
+    return pa.table({"field": ["users", "users"], **counts})
 
 
 def _count(field: str, ones: pa.Array, **columns: pa.Array) -> pa.Table:

@@ -33,7 +33,8 @@ def run(config: PipelineConfig) -> Report:
     started = time.perf_counter()
     version = serving_version(Path(config.storage.registry_uri))
     client = ServeSubmissionClient(_dashboard_url())
-    _refuse_taken_port(config, client)
+    if not client.get_serve_details().get("applications"):
+        refuse_taken_port(config)  # else it is taken by ourselves, and we update in place
     client.deploy_applications(serve_config(config))
     url = f"http://{config.serve.host}:{config.serve.port}"
     _wait_until_ready(client, url)
@@ -79,9 +80,8 @@ def _dashboard_url() -> str:
     return f"http://{url}"
 
 
-def _refuse_taken_port(config: PipelineConfig, client: ServeSubmissionClient) -> None:
-    if client.get_serve_details().get("applications"):
-        return  # the port is taken by ourselves, and the deployment is updated in place
+def refuse_taken_port(config: PipelineConfig) -> None:
+    """Raises JobError when another program listens where the endpoint shall."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -28,6 +28,7 @@ from ray.train import (
     FailureConfig,
     LoggingConfig,
     RunConfig,
+    TrainingFailedError,
 )
 from ray.train import ScalingConfig as Scaling
 from ray.train.torch import TorchTrainer, get_device
@@ -36,6 +37,7 @@ from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.sequences_reader import (
+    Learned,
     Vocabulary,
     collect_tokens,
     learn_vocabulary,
@@ -69,7 +71,9 @@ def run(config: PipelineConfig) -> Report:
     recipe = read_recipe(config.train.recipe, config.train.overrides)
     scaling = _scaling(config)
     sequences = open_sequences(config)
-    vocabulary = learn_vocabulary(sequences, config)
+    learned = learn_vocabulary(sequences, config)
+    _refuse_untrainable(learned)
+    vocabulary = learned.vocabulary
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -168,10 +172,29 @@ def _fit(plan: WorkerPlan, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
         datasets={"tokens": tokens},
         dataset_config=DataConfig(datasets_to_split=[]),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise JobError(f"Training stopped: {result.error}. Its run is {plan.run}.")
-    return result
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise JobError(
+            f"Training stopped after {plan.config.train.max_failures} retries: {reason} "
+            f"Start it again with train.name={plan.run.name} to go on from its last checkpoint."
+        ) from error
+
+
+def _refuse_untrainable(learned: Learned) -> None:
+    num_items = learned.vocabulary.catalogue.num_items
+    if num_items < 2:
+        raise JobError(
+            f"The catalogue holds {num_items} item, so there is nothing to choose from; ingest "
+            "events on two items at least."
+        )
+    if learned.num_trainable == 0 or learned.num_validated == 0:
+        raise JobError(
+            f"Of all users {learned.num_trainable} have two training events and "
+            f"{learned.num_validated} a validation event; both are needed. Ingest longer "
+            "histories, or choose other dates in [split]."
+        )
 
 
 def _record(plan: WorkerPlan, trainer: Trainer, epoch: EpochReport, epoch_s: float) -> None:

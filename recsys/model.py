@@ -78,7 +78,6 @@ class Block(nn.Module):
         projected: Tensor = self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
         return projected
 
-
     def _bias(self, visible_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
         if self.distances is None:
             return visible_B1LL
@@ -87,7 +86,8 @@ class Block(nn.Module):
         # Row of the table: 0 for the furthest position ahead, the last one for the furthest behind.
         rows_LL = places_L[:, None] - places_L + self.distances.num_embeddings // 2
         bias_HLL = self.distances(rows_LL).permute(2, 0, 1).to(dtype)
-        return bias_HLL.masked_fill(~visible_B1LL, float("-inf"))
+        masked: Tensor = bias_HLL.masked_fill(~visible_B1LL, float("-inf"))
+        return masked
 
 
 class ContextEmbedding(nn.Module):
