@@ -1,15 +1,21 @@
 """The training job: what it refuses, and that a run goes on where it was."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import ray
 
 from ray_jobs import build_sequences, generate, ingest, train
 from ray_jobs.errors import JobError
 from ray_jobs.train import read_history
-from tests.ray_jobs.conftest import tiny_config
+from tests.ray_jobs.conftest import TINY, tiny_config
 
-ray_test = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+ROOT = Path(__file__).parents[2]
 
 
 def _with_train(config, **changes):
@@ -58,9 +64,6 @@ def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypat
     original = train.Trainer.train_epoch
 
     def die_once(trainer):
-        import os
-        from pathlib import Path
-
         if trainer.epoch == 2 and trainer.rank == 0 and not Path(marker).exists():
             Path(marker).touch()
             os._exit(1)
@@ -71,6 +74,43 @@ def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypat
     history = read_history(tmp_path / "synthetic" / "runs" / "phoenix")
     assert marker.exists()
     assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_path):
+    overrides = ("train.trainer.max_epochs=12", "train.name=phoenix")
+    config = tiny_config(tmp_path, *overrides)
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    settings = [word for override in (*TINY, *overrides) for word in ("--set", override)]
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.train", "--config", "synthetic", *settings],
+        cwd=ROOT,
+        env={**os.environ, "NEXTITEM_HOME": str(tmp_path), "RAY_ADDRESS": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    history = tmp_path / "synthetic" / "runs" / "phoenix" / "history.jsonl"
+    _wait_for_epochs(history, 4, driver)
+    driver.kill()
+    driver.wait()
+    trained_before = len(history.read_text().splitlines())
+
+    report = train.run(config)
+    epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
+    assert report.figures["epochs"] == 12
+    assert sorted(set(epochs)) == list(range(1, 13))
+    assert epochs[trained_before] > 1  # it did not start again
+
+
+def _wait_for_epochs(history, number, driver):
+    deadline = time.monotonic() + 120
+    while not history.exists() or len(history.read_text().splitlines()) < number:
+        assert driver.poll() is None, "the driver ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _worker_with(train_epoch):
