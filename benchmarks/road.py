@@ -38,12 +38,14 @@ def walk(data: str, port: int) -> dict[str, float | int]:
     """One demo from start to end; its record, and the figures of the summary."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "ray_jobs.demo", "--data", data, "--exit"]
-    done = subprocess.run(
-        [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, check=False
-    )
+    command += ["--port", str(port)]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        for line in demo.stdout or ():
+            sys.stdout.write(line)
+            lines.append(line)
     seconds = time.perf_counter() - started
-    sys.stdout.write(done.stdout)
-    record = _record(data, done.stdout, seconds, done.returncode)
+    record = _record(data, "".join(lines), seconds, demo.returncode)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"road-{data}.md").write_text(record)
 
@@ -51,7 +53,7 @@ def walk(data: str, port: int) -> dict[str, float | int]:
     return {
         "ndcg10": evaluation["rows"]["model"]["NDCG@10"]["mean"],
         "seconds": round(seconds),
-        "exit_status": done.returncode,
+        "exit_status": demo.returncode,
     }
 
 

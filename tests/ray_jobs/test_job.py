@@ -27,6 +27,12 @@ def test_every_wrong_key_is_named_with_its_path():
     assert "serve.port" in str(caught.value)
 
 
+def test_a_date_that_does_not_parse_is_named():
+    dates = ["split.kind=temporal-cut", "split.test_from=yesterday"]
+    with pytest.raises(ConfigError, match=r"split.test_from: .*valid datetime"):
+        load_config("synthetic", dates)
+
+
 def test_a_wrong_recipe_value_is_named():
     with pytest.raises(ConfigError, match=r"train.overrides"):
         load_config("synthetic", ["train.overrides.model.dim=7"])

@@ -7,12 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
 from ray_jobs import build_sequences, generate, ingest, train
 from ray_jobs.errors import JobError
+from ray_jobs.sequences_reader import Learned, Vocabulary
 from ray_jobs.train import read_history
+from recsys.catalogue import Catalogue
+from recsys.context import ContextConfig, ContextEncoder
 from tests.ray_jobs.conftest import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +31,26 @@ def test_of_a_repeated_epoch_the_last_try_counts(tmp_path):
     lines = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 9.0}, {"epoch": 2, "loss": 2.0}]
     (tmp_path / "history.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [entry["loss"] for entry in read_history(tmp_path)] == [3.0, 2.0]
+
+
+def _learned(num_items=5, num_trainable=9, num_validated=9):
+    catalogue = Catalogue.build(pa.array(range(num_items)), np.ones(num_items, int), None)
+    vocabulary = Vocabulary(catalogue, ContextEncoder.learn(ContextConfig(), {}))
+    return Learned(vocabulary, num_trainable, num_validated)
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        (_learned(num_items=1), "The catalogue holds 1 item, so there is nothing to choose from"),
+        (_learned(num_trainable=0), "Of all users 0 have two training events"),
+        (_learned(num_validated=0), "and 0 a validation event; both are needed"),
+    ],
+)
+def test_what_nobody_can_learn_from_is_refused_before_workers_start(learned, message):
+    with pytest.raises(JobError, match=message):
+        train._refuse_untrainable(learned)
+    train._refuse_untrainable(_learned())
 
 
 @pytest.mark.ray
