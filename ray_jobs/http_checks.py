@@ -19,6 +19,7 @@ from ray_jobs.sequences_reader import open_sequences
 
 _NUM_TIMED = 200
 _RECOVERY_TIMEOUT_S = 60.0
+_OUTAGE_TIMEOUT_MS = 70
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,14 @@ def _check_latency(client: httpx.Client, example: Example, deadline_ms: float) -
 
 def _check_outage(client: httpx.Client, example: Example) -> list[Check]:
     killed = kill_replicas("Ranker")
+    # A page does not wait for a new replica, whatever the deadline of the deployment is.
     answers = [
-        recommend(client, user_id=example.user_id, filter={"exclude_items": [f"outage-{number}"]})
+        recommend(
+            client,
+            user_id=example.user_id,
+            filter={"exclude_items": [f"outage-{number}"]},
+            timeout_ms=_OUTAGE_TIMEOUT_MS,
+        )
         for number in range(20)
     ]
     full = sum(map(_is_full, answers))
