@@ -136,12 +136,14 @@ def run_demo(config: PipelineConfig, *, serve_only: bool = False) -> list[str]:
         report = _run_stage(f"[{number}/{len(stages)}] {title}", run, config)
         reports[report.job] = report
 
+    if serve_only:
+        print(_curl_lines(config), flush=True)
+        return []
     print("\nReal requests", flush=True)
     checks = check_endpoint(config)
     for check in checks:
         print(f"  {'ok ' if check.passed else 'NOT'}  {check.title}: {check.seen}", flush=True)
-    if not serve_only:
-        print("\n" + open_run(config, None).evaluation()["table"])
+    print("\n" + open_run(config, None).evaluation()["table"])
     print(f"\nAll stages: {time.perf_counter() - started:.0f} s")
     print(_curl_lines(config), flush=True)
     return _shortfalls(reports, checks)
