@@ -64,7 +64,7 @@ class TrainConfig(Section):
     """Name of the run; a run that was killed goes on when it is started with its name again."""
     num_workers: int = Field(2, ge=1)
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU for each worker where the cluster has that many."""
+    """auto: GPUs where the cluster has any, with at most one worker for each; else CPUs."""
     cpus_per_worker: float = Field(1, gt=0)
     max_failures: int = Field(2, ge=0)
     """Times that a lost worker is replaced and training goes on from its last checkpoint."""

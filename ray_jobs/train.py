@@ -92,7 +92,7 @@ def run(config: PipelineConfig) -> Report:
             "best_epoch": metrics["epoch"],
             "validation_ndcg10": metrics["ndcg10"],
             "validation_hr10": metrics["hr10"],
-            "workers": config.train.num_workers,
+            "workers": scaling.num_workers,
             "device": "gpu" if scaling.use_gpu else "cpu",
             "tokens_per_s": history[-1]["tokens_per_s"],
             "seconds": time.perf_counter() - started,
@@ -274,21 +274,25 @@ def _run_folder(config: PipelineConfig) -> Path:
 
 def _scaling(config: PipelineConfig) -> Scaling:
     train, has = config.train, ray.cluster_resources()
-    num_gpus = has.get("GPU", 0)
-    use_gpu = train.device == "gpu" or (train.device == "auto" and num_gpus >= train.num_workers)
-    cpus = train.num_workers * train.cpus_per_worker
-    if has.get("CPU", 0) < cpus:
+    num_cpus, num_gpus = has.get("CPU", 0), int(has.get("GPU", 0))
+    use_gpu = train.device == "gpu" or (train.device == "auto" and num_gpus > 0)
+    num_workers = (
+        min(train.num_workers, num_gpus)
+        if train.device == "auto" and use_gpu
+        else train.num_workers
+    )
+    if num_cpus < num_workers * train.cpus_per_worker:
         raise JobError(
-            f"{train.num_workers} workers of {train.cpus_per_worker:g} CPUs do not fit into the "
-            f"cluster's {has.get('CPU', 0):g}; lower train.num_workers or train.cpus_per_worker."
+            f"{num_workers} workers of {train.cpus_per_worker:g} CPUs do not fit into the "
+            f"cluster's {num_cpus:g}; lower train.num_workers or train.cpus_per_worker."
         )
-    if use_gpu and num_gpus < train.num_workers:
+    if use_gpu and num_gpus < num_workers:
         raise JobError(
-            f"train.device is 'gpu' but the cluster has {num_gpus:g} GPUs for {train.num_workers} "
+            f"train.device is 'gpu' but the cluster has {num_gpus} GPUs for {num_workers} "
             "workers; lower train.num_workers or set train.device to 'auto'."
         )
     return Scaling(
-        num_workers=train.num_workers,
+        num_workers=num_workers,
         use_gpu=use_gpu,
         resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
     )

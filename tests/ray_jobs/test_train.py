@@ -53,6 +53,20 @@ def test_what_nobody_can_learn_from_is_refused_before_workers_start(learned, mes
     train._refuse_untrainable(_learned())
 
 
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"CPU": 4.0}, (2, False)),
+        ({"CPU": 4.0, "GPU": 1.0}, (1, True)),
+        ({"CPU": 16.0, "GPU": 8.0}, (2, True)),
+    ],
+)
+def test_auto_takes_the_gpus_that_there_are(tmp_path, monkeypatch, resources, expected):
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    scaling = train._scaling(tiny_config(tmp_path))
+    assert (scaling.num_workers, scaling.use_gpu) == expected
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_do_not_fit_are_refused_with_the_settings_to_change(tiny):

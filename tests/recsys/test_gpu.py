@@ -1,0 +1,45 @@
+"""The same figures on a CUDA device as on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.evaluation import rank_targets
+from recsys.losses import full_softmax
+from recsys.model import NextItemModel
+from recsys.recipe import read_recipe
+from recsys.scorer import ModelScorer
+from recsys.splits import leave_one_out
+from recsys.trainer import Trainer, TrainerConfig
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def test_the_blocked_softmax_is_the_same_on_both_devices():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator)
+    table, bias = torch.randn(500, 16, generator=generator), torch.zeros(500)
+    targets = torch.randint(2, 500, (64,), generator=generator)
+    tensors = (hidden, table, bias, targets)
+    on_gpu = full_softmax(*(tensor.to(CUDA) for tensor in tensors), block_size=10)
+    torch.testing.assert_close(on_gpu.cpu(), full_softmax(*tensors), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce"])
+def test_a_model_trains_and_ranks_alike_on_both_devices(shop, recipe):
+    chosen = read_recipe(recipe, {"model": {"dim": 32, "max_len": 16}, "batch_size": 16})
+    known_F = shop.context.known_at_request_F
+    model = NextItemModel(chosen.model, shop.catalogue.num_rows, shop.context.sizes)
+    split = leave_one_out(shop.store.offsets_U)
+    trainer = Trainer(
+        chosen, TrainerConfig(max_epochs=3), model, shop.store, split, known_F, seed=0, device=CUDA
+    )
+    losses = [trainer.train_epoch().loss for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+    users = np.flatnonzero(split.test_U >= 0)
+    arguments = (shop.store, users, split.test_U[users])
+    on_gpu = rank_targets(ModelScorer(trainer.model, known_F), *arguments).ranks_N
+    on_cpu = rank_targets(ModelScorer(trainer.model.cpu(), known_F), *arguments).ranks_N
+    assert np.abs(on_gpu - on_cpu).max() <= 1
