@@ -3,7 +3,7 @@ loads before it is ready.
 
     python -m ray_jobs.materialize --config synthetic
 
-Writes `<storage root>/history/v<version of sequences>/`, complete or not at all.
+Writes `<storage root>/history/v<version of sequences>-last<events>/`, complete or not at all.
 """
 
 import shutil
@@ -37,11 +37,11 @@ def run(config: PipelineConfig) -> Report:
 
 
 def history_folder(config: PipelineConfig, sequences_version: int) -> Path:
-    """Where the history of one version of the sequences lies."""
+    """Where the last `publish.history_events` events of one version of the sequences lie."""
     root = Path(config.storage.lake_uri).parent
     if "://" in config.storage.lake_uri:
         raise JobError(f"Serving reads its history from a folder, not from {root}.")
-    return root / "history" / f"v{sequences_version}"
+    return root / "history" / f"v{sequences_version}-last{config.publish.history_events}"
 
 
 def recent_events(sequences: pa.Table, limit: int) -> pa.Table:

@@ -123,6 +123,7 @@ class Trainer:
         self.model.train()
         loss_sum = torch.zeros((), device=self.device)
         count = num_tokens = 0
+        known_F = torch.from_numpy(self._known_at_request_F).to(self.device)
         for starts_B, lengths_B in self._windows.batches(
             self.local_batch_size,
             self.seed + self.epoch,
@@ -130,7 +131,6 @@ class Trainer:
             world_size=self.world_size,
         ):
             items_BL, context_BLF = self._windows.gather(starts_B, lengths_B)
-            known_F = torch.from_numpy(self._known_at_request_F).to(self.device)
             batch = make_batch(self.recipe.objective, items_BL, context_BLF, known_F, generator)
             loss_sum += self._step(batch, generator) * len(batch.targets_M)
             count += len(batch.targets_M)
