@@ -16,6 +16,7 @@ from data_lake.normalise import Normalised, derive_event_ids, normalise
 from data_lake.readers import read_part
 from data_lake.schemas import PARTITION, TIMESTAMP, quarantine_schema
 from data_lake.sources import Part, SourceConfig, cut_file, digest_file
+from data_lake.storage import Options
 from data_lake.tables import Part as WrittenPart
 from data_lake.tables import read_files, write_part
 
@@ -76,9 +77,9 @@ class MergeReport:
     num_duplicates: int
 
 
-def look_at(source: SourceConfig, path: str) -> SourceFile:
+def look_at(source: SourceConfig, path: str, options: Options | None = None) -> SourceFile:
     """Digest and parts of one file, its columns checked. Raises: SourceError."""
-    return SourceFile(source, path, digest_file(path), cut_file(source, path))
+    return SourceFile(source, path, digest_file(path, options), cut_file(source, path, options))
 
 
 def load_part(task: PartTask, target: Target) -> tuple[PartReport, pa.Table]:
@@ -86,7 +87,7 @@ def load_part(task: PartTask, target: Target) -> tuple[PartReport, pa.Table]:
 
     Returns the good rows with those columns that the source gives.
     """
-    raw = read_part(task.source, task.part)
+    raw = read_part(task.source, task.part, target.options)
     checked = normalise(raw, task.source, target.schema, now_us=target.started_us)
     quarantine = _write_rejected(checked, task, target)
     return PartReport(raw.num_read, checked.rejected.num_rows, quarantine), checked.rows

@@ -15,10 +15,10 @@ from data_lake.sources import (
     SourceConfig,
     field_names,
     flatten_names,
-    open_file,
     refuse_missing,
     wanted_columns,
 )
+from data_lake.storage import Options, open_file
 
 _FIELD_SEPARATOR = "\x1f"
 """Stands for MovieLens' `::`, as the reader takes a single character only."""
@@ -44,26 +44,27 @@ class RawRows:
         return int(self.columns.num_rows) + len(self.misfits)
 
 
-def read_part(source: SourceConfig, part: Part) -> RawRows:
+def read_part(source: SourceConfig, part: Part, options: Options | None = None) -> RawRows:
     """The rows of one part, as they came.
 
     Raises: SourceError when the file is broken or lacks a mapped column.
     """
     if source.format == "parquet":
-        return _read_parquet(source, part)
-    text = _read_lines(part)
+        return _read_parquet(source, part, options)
+    text = _read_lines(part, options)
     if source.format == "jsonl":
         return _read_json_lines(source, part, text)
     if source.format == "movielens":
         separator = _FIELD_SEPARATOR.encode()
         text = text.decode("latin-1").encode().replace(b"::", separator)
-    return _read_delimited(source, part, _repaired(text))
+    names = field_names(source, part.path, options)
+    return _read_delimited(source, part, _repaired(text), names)
 
 
-def _read_parquet(source: SourceConfig, part: Part) -> RawRows:
+def _read_parquet(source: SourceConfig, part: Part, options: Options | None) -> RawRows:
     def read(columns: list[str] | None) -> pa.Table:
         try:
-            with open_file(part.path) as stream:
+            with open_file(part.path, options) as stream:
                 groups = list(range(part.start, part.stop))
                 return pq.ParquetFile(stream).read_row_groups(groups, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
@@ -91,9 +92,9 @@ def _json_text(value: object) -> str:
     return str(value)
 
 
-def _read_lines(part: Part) -> bytes:
+def _read_lines(part: Part, options: Options | None) -> bytes:
     # A line belongs to the part in which it starts.
-    with io.BufferedReader(open_file(part.path)) as file:
+    with io.BufferedReader(open_file(part.path, options)) as file:
         if part.start > 0:
             file.seek(part.start - 1)
             file.readline()
@@ -113,8 +114,7 @@ def _repaired(text: bytes) -> bytes:
     return text
 
 
-def _read_delimited(source: SourceConfig, part: Part, text: bytes) -> RawRows:
-    names = field_names(source, part.path)
+def _read_delimited(source: SourceConfig, part: Part, text: bytes, names: Sequence[str]) -> RawRows:
     if source.column_names is None and part.start == 0:
         text = text.partition(b"\n")[2]
     table, misfits = _parse_rows(source, part, text, names)

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.errors import SourceError
 from data_lake.schemas import IdType
+from data_lake.storage import Options, locate, open_file
 
 _PART_BYTES = 32 * 2**20
 _PART_ROWS = 500_000
@@ -88,12 +89,12 @@ class Part:
     stop: int
 
 
-def list_files(source: SourceConfig, path: str) -> list[str]:
+def list_files(source: SourceConfig, path: str, options: Options | None = None) -> list[str]:
     """The files of a source by name, `path` being the expanded one; hidden ones are left out.
 
     Raises: SourceError when there is none.
     """
-    filesystem, name = _locate(path)
+    filesystem, name = locate(path, options)
     # The query of a URI (`?region=...`) belongs to the store, and so to each of its files.
     scheme, _, rest = path.rpartition("://")
     before, after = (f"{scheme}://", "".join(rest.partition("?")[1:])) if scheme else ("", "")
@@ -103,25 +104,25 @@ def list_files(source: SourceConfig, path: str) -> list[str]:
     return sorted(found)
 
 
-def digest_file(path: str) -> str:
+def digest_file(path: str, options: Options | None = None) -> str:
     """sha256 of a file's bytes, by which it is known again."""
-    with open_file(path) as file:
+    with open_file(path, options) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cut_file(source: SourceConfig, path: str) -> list[Part]:
+def cut_file(source: SourceConfig, path: str, options: Options | None = None) -> list[Part]:
     """Parts of one file in the order of its rows; none if it is empty.
 
     Raises: SourceError when it cannot be read or lacks a mapped column.
     """
     if source.format == "parquet":
-        return list(_cut_parquet(source, path))
-    with open_file(path) as file:
+        return list(_cut_parquet(source, path, options))
+    with open_file(path, options) as file:
         size, magic = file.size(), file.read(4)
     if magic.startswith(_COMPRESSED):
         raise SourceError(f"{path} is compressed; unpack it, for text is read from the middle too.")
     if size and source.format != "jsonl":
-        refuse_missing(path, wanted_columns(source), field_names(source, path))
+        refuse_missing(path, wanted_columns(source), field_names(source, path, options))
     return [
         Part(path, start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)
     ]
@@ -138,19 +139,6 @@ def flatten_names(columns: Iterable[str | tuple[str, ...]]) -> list[str]:
     for column in columns:
         names.update(dict.fromkeys((column,) if isinstance(column, str) else column))
     return list(names)
-
-
-def _locate(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in path:
-        return pafs.LocalFileSystem(), path
-    filesystem, name = pafs.FileSystem.from_uri(path)
-    return filesystem, name
-
-
-def open_file(path: str) -> Any:
-    """A file by path or URI, open for reading bytes anywhere in it."""
-    filesystem, name = _locate(path)
-    return filesystem.open_input_file(name)
 
 
 def _matching_files(filesystem: pafs.FileSystem, name: str) -> list[str]:
@@ -175,9 +163,9 @@ def _fits(file: str, pattern: str) -> bool:
     return len(steps) == len(patterns) and all(map(fnmatch, steps, patterns))
 
 
-def _cut_parquet(source: SourceConfig, path: str) -> Iterator[Part]:
+def _cut_parquet(source: SourceConfig, path: str, options: Options | None) -> Iterator[Part]:
     try:
-        with open_file(path) as stream:
+        with open_file(path, options) as stream:
             file = pq.ParquetFile(stream)
             names = file.schema_arrow.names
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -194,13 +182,13 @@ def _cut_parquet(source: SourceConfig, path: str) -> Iterator[Part]:
             start, rows = group + 1, 0
 
 
-def field_names(source: SourceConfig, path: str) -> list[str]:
+def field_names(source: SourceConfig, path: str, options: Options | None = None) -> list[str]:
     """Columns of a delimited text in their order. Raises: SourceError when nothing names them."""
     if source.column_names is not None:
         return list(source.column_names)
     if source.format == "movielens":
         raise SourceError(f"{path} has no header; give its `column_names`.")
-    with io.BufferedReader(open_file(path)) as file:
+    with io.BufferedReader(open_file(path, options)) as file:
         line = file.readline().decode("utf-8-sig", errors="replace")
     try:
         header = next(csv.reader([line.rstrip("\r\n")], delimiter=source.delimiter), [])

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
@@ -24,17 +23,10 @@ from deltalake.transaction import AddAction
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
 from data_lake.schemas import PARTITION
+from data_lake.storage import is_local, locate, open_file, write_file
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
-_S3_ARGUMENTS = {
-    "access_key_id": "access_key",
-    "secret_access_key": "secret_key",
-    "session_token": "session_token",
-    "region": "region",
-    "endpoint_url": "endpoint_override",
-    "endpoint": "endpoint_override",
-}
 _UNIQUE_COLUMNS = ("event_id", "arrival", "raw")
 
 
@@ -93,8 +85,8 @@ def create_table(
     if "://" not in uri and re.search("%[0-9A-Fa-f]{2}", uri):
         # deltalake reads `%20` in a path as a space, and then finds nothing there.
         raise TableError(f"{uri} has a % code in its path; use a storage.root without one.")
-    if "://" not in uri or uri.startswith("file://"):
-        filesystem, path = _filesystem(uri, options)
+    if is_local(uri):
+        filesystem, path = locate(uri)
         filesystem.create_dir(path, recursive=True)
     table = DeltaTable.create(
         uri,
@@ -137,7 +129,7 @@ def write_part(
     repeating = [name for name in rows.column_names if name not in _UNIQUE_COLUMNS]
     pq.write_table(rows, written, compression="zstd", use_dictionary=repeating)
     content = written.getvalue()
-    _write_file(f"{table_uri(lake_uri, name)}/{path}", content, options)
+    write_file(f"{table_uri(lake_uri, name)}/{path}", content, options)
     written_at_ms = time.time_ns() // 1_000_000
     return Part(path, rows.num_rows, content.size, bucket, written_at_ms, _statistics(rows))
 
@@ -210,8 +202,7 @@ def read_files(
     wanted = None if columns is None else list(columns)
     tables = []
     for uri in files:
-        filesystem, path = _filesystem(uri, options)
-        with filesystem.open_input_file(path) as stream:
+        with open_file(uri, options) as stream:
             tables.append(pq.ParquetFile(stream).read(wanted))
     rows = pa.concat_tables(tables, promote_options="default")
     return rows if wanted is None else rows.select(wanted)
@@ -320,30 +311,3 @@ def _statistics(rows: pa.Table) -> str:
 
 def _as_json(value: Any) -> Any:
     return value.isoformat().replace("+00:00", "Z") if hasattr(value, "isoformat") else value
-
-
-def _write_file(uri: str, content: pa.Buffer, options: Mapping[str, str] | None) -> None:
-    filesystem, path = _filesystem(uri, options)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content)
-
-
-def _filesystem(uri: str, options: Mapping[str, str] | None) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), uri
-    if uri.startswith(("s3://", "s3a://")) and options:
-        return pafs.S3FileSystem(**_s3_arguments(options)), uri.partition("://")[2]
-    filesystem, path = pafs.FileSystem.from_uri(uri)
-    return filesystem, path
-
-
-def _s3_arguments(options: Mapping[str, str]) -> dict[str, str]:
-    """Options as deltalake takes them, as pyarrow takes them."""
-    given = {name.lower().removeprefix("aws_"): value for name, value in options.items()}
-    arguments = {ours: given[theirs] for theirs, ours in _S3_ARGUMENTS.items() if theirs in given}
-    if "endpoint_override" in arguments:
-        scheme, _, host = arguments["endpoint_override"].rpartition("://")
-        arguments |= {"scheme": scheme or "https", "endpoint_override": host}
-    return arguments

@@ -36,7 +36,7 @@ class StorageConfig(Section):
     root: str
     """A local path or a URI; relative paths count from the working directory."""
     options: dict[str, str] = Field(default_factory=dict)
-    """Passed to deltalake (credentials, endpoints)."""
+    """Credentials and endpoints as deltalake takes them; reading raw files uses them too."""
 
     @property
     def lake_uri(self) -> str:

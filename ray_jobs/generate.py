@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from pyarrow.fs import FileSystem, FileType
+from pyarrow.fs import FileType
 
+from data_lake.storage import Options, locate, write_file
 from data_lake.synthetic import Ints, Shop, build_shop, items_table
 from data_lake.synthetic_events import Trajectories, generate_part
 from data_lake.synthetic_oracle import best_reachable, leave_one_out, oracle_ranks
@@ -35,35 +36,37 @@ def run(config: PipelineConfig) -> Report:
     """
     if config.generate is None:
         raise JobError(f"{config.name!r} is no synthetic shop: add a [generate] section.")
-    uri = f"{expand(config.storage.root)}/raw"
+    uri, options = f"{expand(config.storage.root)}/raw", config.storage.options
     stamp = {"seed": config.seed, "shop": config.generate.model_dump(mode="json")}
-    figures = _read_stamp(uri, stamp)
+    figures = _read_stamp(uri, stamp, options)
     if figures is not None:
         return Report("generate", f"{uri} is already complete, nothing to do", figures)
 
     start = time.perf_counter()
-    _write_text(uri, _STAMP, json.dumps(stamp))
+    _write_text(uri, _STAMP, json.dumps(stamp), options)
     shop = build_shop(config.generate, config.seed)
-    _write_table(uri, "items.parquet", items_table(shop))
+    _write_table(uri, "items.parquet", items_table(shop), options)
     shared = ray.put(shop)
     write_part = ray.remote(_write_part)
-    tasks = [write_part.remote(uri, shared, part) for part in range(config.generate.num_parts)]
-    figures = _figures(shop, ray.get(tasks))
-    _write_text(uri, _STAMP, json.dumps(stamp | {"figures": figures}))
+    parts = range(config.generate.num_parts)
+    figures = _figures(
+        shop, ray.get([write_part.remote(uri, shared, part, options) for part in parts])
+    )
+    _write_text(uri, _STAMP, json.dumps(stamp | {"figures": figures}), options)
 
     speed = figures["events"] / (time.perf_counter() - start)
     return Report("generate", f"wrote {uri}", figures | {"events_per_s": round(speed)})
 
 
-def _write_part(uri: str, shop: Shop, part: int) -> dict[str, Any]:
+def _write_part(uri: str, shop: Shop, part: int, options: Options) -> dict[str, Any]:
     """Generates and writes one part; its events alone are in memory."""
     trajectories = generate_part(shop, part)
     clean = clean_rows(shop, part, trajectories)
     rows, untyped = soil_rows(clean, shop, part)
-    _write_table(uri, f"events/part-{part:05d}.parquet", rows)
-    _write_table(uri, f"users/part-{part:05d}.parquet", users_table(trajectories.visitors))
+    _write_table(uri, f"events/part-{part:05d}.parquet", rows, options)
+    _write_table(uri, f"users/part-{part:05d}.parquet", users_table(trajectories.visitors), options)
     if untyped:
-        _write_text(uri, f"events-dirty/part-{part:05d}.jsonl", dump_lines(untyped))
+        _write_text(uri, f"events-dirty/part-{part:05d}.jsonl", dump_lines(untyped), options)
     return {
         "events": clean.num_rows,
         "rows": rows.num_rows + len(untyped),
@@ -91,12 +94,12 @@ def _figures(shop: Shop, parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _read_stamp(uri: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _read_stamp(uri: str, wanted: dict[str, Any], options: Options) -> dict[str, Any] | None:
     """The figures of this very shop if it is complete, None if there is nothing or half of it.
 
     Raises: JobError when the folder holds another shop, or files that nobody generated.
     """
-    filesystem, root = FileSystem.from_uri(uri)
+    filesystem, root = locate(uri, options)
     if filesystem.get_file_info(f"{root}/{_STAMP}").type == FileType.NotFound:
         if filesystem.get_file_info(root).type != FileType.NotFound:
             raise JobError(f"{uri} exists and was not generated; set storage.root elsewhere.")
@@ -120,22 +123,14 @@ def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{key} is {before.get(key)} there, {after.get(key)} here"
 
 
-def _write_table(uri: str, name: str, table: pa.Table) -> None:
-    filesystem, path = _prepare(uri, name)
-    pq.write_table(table, path, filesystem=filesystem, compression="zstd")
+def _write_table(uri: str, name: str, table: pa.Table, options: Options) -> None:
+    written = pa.BufferOutputStream()
+    pq.write_table(table, written, compression="zstd")
+    write_file(f"{uri}/{name}", written.getvalue(), options)
 
 
-def _write_text(uri: str, name: str, text: str) -> None:
-    filesystem, path = _prepare(uri, name)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(text.encode())
-
-
-def _prepare(uri: str, name: str) -> tuple[FileSystem, str]:
-    filesystem, root = FileSystem.from_uri(uri)
-    path = f"{root}/{name}"
-    filesystem.create_dir(path.rpartition("/")[0])
-    return filesystem, path
+def _write_text(uri: str, name: str, text: str, options: Options) -> None:
+    write_file(f"{uri}/{name}", text.encode(), options)
 
 
 if __name__ == "__main__":

@@ -204,12 +204,15 @@ def _tasks(given: Input) -> list[PartTask]:
 def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
     """All files of a table's sources, their columns checked; the same bytes come once."""
     schema, required = _schema(config, kind)
+    options = config.storage.options
     found = []
     for source in getattr(config.ingest, kind):
         check_mapped(source, schema, required)
-        found += [(source, path) for path in list_files(source, expand(source.path))]
+        found += [(source, path) for path in list_files(source, expand(source.path), options)]
     looking = ray.remote(look_at)
-    files: list[SourceFile] = _get([looking.remote(source, path) for source, path in found])
+    files: list[SourceFile] = _get(
+        [looking.remote(source, path, options) for source, path in found]
+    )
     unique: dict[str, SourceFile] = {}
     for file in files:
         unique.setdefault(file.digest, file)

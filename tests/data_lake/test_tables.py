@@ -10,7 +10,6 @@ from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
 from data_lake.schemas import TIMESTAMP, items_schema, quarantine_schema, users_schema
 from data_lake.tables import (
-    _s3_arguments,
     bucket_files,
     commit_parts,
     create_table,
@@ -174,16 +173,6 @@ def test_upsert_leaves_columns_alone_that_it_does_not_get(lake):
     upsert(table, pa.table({"item_id": ["a", "b"], "price": [2.0, 3.0]}), "item_id")
     rows = read_table(open_table(lake, "items"), ["item_id", "title", "price"]).to_pylist()
     assert sorted(tuple(row.values()) for row in rows) == [("a", "Apple", 2.0), ("b", None, 3.0)]
-
-
-def test_options_of_an_object_store_reach_its_parts_too():
-    options = {"AWS_ENDPOINT_URL": "http://minio:9000", "AWS_ACCESS_KEY_ID": "a", "region": "eu"}
-    assert _s3_arguments(options) == {
-        "access_key": "a",
-        "region": "eu",
-        "endpoint_override": "minio:9000",
-        "scheme": "http",
-    }
 
 
 def test_a_lake_may_be_a_file_uri(lake):
