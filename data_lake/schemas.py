@@ -2,9 +2,11 @@
 
 An id column is either `int64` or `string`, chosen once when the table is created; `event_id` is
 always a string. Timestamps are microseconds in UTC. Events are ordered by `(timestamp, ingested_at,
-arrival)`.
+arrival)`. A shop's own context (region, referrer, ...) comes as further text columns, which stand
+behind all others, so that one can be added to a table that is there.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
@@ -17,9 +19,9 @@ PARTITIONED_TABLES = ("events", "users", "sequences")
 _ID_TYPES: dict[str, pa.DataType] = {"int64": pa.int64(), "string": pa.string()}
 
 
-def events_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
+def events_schema(user_id: IdType, item_id: IdType, context: Sequence[str] = ()) -> pa.Schema:
     """One row an interaction; `arrival` orders the rows of one ingest run as they stood in the
-    source.
+    source. `context` names further text columns.
     """
     return pa.schema(
         [
@@ -35,6 +37,7 @@ def events_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
             pa.field("ingested_at", TIMESTAMP, nullable=False),
             pa.field("arrival", pa.int64(), nullable=False),
             pa.field(PARTITION, pa.int32(), nullable=False),
+            *(pa.field(name, pa.string()) for name in context),
         ]
     )
 
@@ -66,8 +69,10 @@ def users_schema(user_id: IdType) -> pa.Schema:
     )
 
 
-def sequences_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
-    """One row a user: lists of equal length, oldest event first."""
+def sequences_schema(user_id: IdType, item_id: IdType, context: Sequence[str] = ()) -> pa.Schema:
+    """One row a user: lists of equal length, oldest event first; `context` as in `events_schema`,
+    a list a column.
+    """
     return pa.schema(
         [
             pa.field("user_id", _ID_TYPES[user_id], nullable=False),
@@ -77,6 +82,7 @@ def sequences_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
             pa.field("timestamps", pa.list_(TIMESTAMP), nullable=False),
             pa.field("devices", pa.list_(pa.string()), nullable=False),
             pa.field(PARTITION, pa.int32(), nullable=False),
+            *(pa.field(name, pa.list_(pa.string()), nullable=False) for name in context),
         ]
     )
 
@@ -96,3 +102,9 @@ def quarantine_schema() -> pa.Schema:
 def id_type_of(schema: pa.Schema, column: str) -> IdType:
     """The id type that a table was created with."""
     return "int64" if schema.field(column).type == pa.int64() else "string"
+
+
+def context_columns_of(events: pa.Schema) -> tuple[str, ...]:
+    """The shop's own context columns of an events table, in their order."""
+    ours = set(events_schema("string", "string").names)
+    return tuple(name for name in events.names if name not in ours)

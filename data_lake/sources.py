@@ -75,6 +75,9 @@ class IngestConfig(BaseModel):
     again: bool = False
     """Reads files that were ingested before, say after a correction of `columns`; events whose id
     is in the lake still stay once."""
+    context: tuple[str, ...] = ()
+    """Text columns of the shop's own that events carry, e.g. region; new ones are added to a table
+    that is there, and are null in its earlier events."""
     events: tuple[SourceConfig, ...] = Field(min_length=1)
     items: tuple[SourceConfig, ...] = ()
     users: tuple[SourceConfig, ...] = ()
