@@ -82,7 +82,7 @@ def sequences_schema(user_id: IdType, item_id: IdType, context: Sequence[str] = 
             pa.field("timestamps", pa.list_(TIMESTAMP), nullable=False),
             pa.field("devices", pa.list_(pa.string()), nullable=False),
             pa.field(PARTITION, pa.int32(), nullable=False),
-            *(pa.field(name, pa.list_(pa.string()), nullable=False) for name in context),
+            *(pa.field(name, pa.list_(pa.string())) for name in context),
         ]
     )
 
