@@ -1,0 +1,103 @@
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from benchmarks.measure import PeakMemory, machine, measured
+
+MB = 1_000_000
+HOLD = "import time; block = b'x' * 200_000_000; time.sleep(1); print('done')"
+
+
+def python(program):
+    return [sys.executable, "-c", program]
+
+
+def test_a_command_is_measured_and_its_output_handed_back():
+    seconds, peak_bytes, stdout = measured(python(HOLD))
+    assert stdout == "done\n"
+    assert seconds > 1
+    assert peak_bytes == pytest.approx(200 * MB, rel=0.15)
+
+
+def test_grandchildren_count_too():
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLD!r}])"
+    assert measured(python(program)).peak_bytes == pytest.approx(200 * MB, rel=0.15)
+
+
+def test_a_process_that_outlives_its_parent_still_counts():
+    program = """
+import os, time
+if os.fork() == 0:
+    if os.fork() == 0:
+        time.sleep(0.6)
+        block = b"x" * 200_000_000
+        time.sleep(0.6)
+    os._exit(time.sleep(0.3) or 0)
+time.sleep(1.6)
+"""
+    assert measured(python(program)).peak_bytes == pytest.approx(200 * MB, rel=0.15)
+
+
+def test_memory_that_two_children_map_counts_once():
+    program = """
+import mmap, os, time
+pages = mmap.mmap(-1, 200_000_000)
+for _ in range(2):
+    if os.fork() == 0:
+        for _ in range(200):
+            pages.write(b"x" * 1_000_000)
+        os._exit(time.sleep(1) or 0)
+os.wait(), os.wait()
+"""
+    with subprocess.Popen(python(program)) as process, PeakMemory(process.pid) as memory:
+        process.wait()
+    assert memory.peak_bytes == pytest.approx(200 * MB, rel=0.15)
+    assert memory.by_kind_at_peak["shared memory"] == pytest.approx(200 * MB, rel=0.05)
+
+
+def test_a_block_is_measured_even_while_it_keeps_the_interpreter_busy():
+    with PeakMemory() as idle:
+        pass
+    with PeakMemory(interval_s=0.05) as busy:
+        rows = [float(number) for number in range(5_000_000)]  # 24 + 8 bytes each
+        del rows
+    assert busy.peak_bytes - idle.peak_bytes == pytest.approx(160 * MB, rel=0.3)
+    assert idle.by_kind_at_peak["driver"] > 0.9 * idle.peak_bytes
+
+
+def test_a_command_that_fails_says_so():
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        measured(python("raise SystemExit(3)"))
+
+
+@pytest.mark.ray
+def test_workers_and_the_object_store_of_ray_are_told_apart(ray_cluster):
+    import numpy as np
+    import ray
+
+    @ray.remote
+    def hold(block):
+        mine = np.ones(100 * MB, np.int8)
+        time.sleep(0.5)
+        return int(mine.sum() + block.sum())
+
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as memory:
+        block = ray.put(np.ones(150 * MB, np.int8))
+        assert ray.get(hold.remote(block)) == 250 * MB
+    more = Counter(memory.by_kind_at_peak)
+    more.subtract(before.by_kind_at_peak)
+    assert more["shared memory"] == pytest.approx(150 * MB, rel=0.15)
+    assert more["ray workers"] > 0.9 * 100 * MB
+    assert memory.by_kind_at_peak["ray system"] > 50 * MB
+
+
+def test_the_machine_is_a_line():
+    assert re.fullmatch(
+        r"\d+ cores of .+, \d+ GiB, Python 3\.\d+\.\d+, 20\d\d-\d\d-\d\d", machine()
+    )
