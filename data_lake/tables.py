@@ -22,12 +22,12 @@ from deltalake.transaction import AddAction
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
+from data_lake.parquet import encode_parquet
 from data_lake.schemas import PARTITION
 from data_lake.storage import is_local, locate, open_file, write_file
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
-_UNIQUE_COLUMNS = ("event_id", "arrival", "raw")
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,7 @@ def write_part(
     path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
     if PARTITION in rows.column_names:
         rows = rows.drop_columns([PARTITION])
-    written = pa.BufferOutputStream()
-    # Ids that hardly repeat only waste a dictionary.
-    repeating = [name for name in rows.column_names if name not in _UNIQUE_COLUMNS]
-    pq.write_table(rows, written, compression="zstd", use_dictionary=repeating)
-    content = written.getvalue()
+    content = encode_parquet(rows)
     write_file(f"{table_uri(lake_uri, name)}/{path}", content, options)
     written_at_ms = time.time_ns() // 1_000_000
     return Part(path, rows.num_rows, content.size, bucket, written_at_ms, _statistics(rows))
