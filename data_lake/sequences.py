@@ -1,6 +1,11 @@
-"""From whole buckets of events to one row a user: no loop over users, no shuffle."""
+"""From whole buckets of events to one row a user: no loop over users, no shuffle.
+
+Everything that repeats (event types, devices, text ids) is handled as codes, from the Parquet file
+that it is read from to the one that it is written to.
+"""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 
@@ -8,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
 
-from data_lake.cleaning import CleaningConfig, FlatEvents, clean, user_offsets
-from data_lake.schemas import PARTITION, TIMESTAMP, id_type_of, sequences_schema
+from data_lake.cleaning import CleaningConfig, FlatEvents, Mask, clean, is_short, user_offsets
+from data_lake.ordering import Ints, chronological_order, radix_order
+from data_lake.schemas import PARTITION, TIMESTAMP
 
 EVENT_COLUMNS = (
     "user_id",
@@ -23,19 +28,17 @@ EVENT_COLUMNS = (
     "arrival",
     PARTITION,
 )
+TEXT_COLUMNS = ("event_type", "device")
+"""Columns that are best read dictionary-encoded, as are ids that are text and further context."""
 USER_COLUMNS = ("user_id", "segment")
 
 
 class SequencesConfig(CleaningConfig):
-    """The cleaning rules, and how the work is cut into tasks."""
-
-    buckets_per_task: int = Field(default=1, ge=1)
-    """Whole buckets that one task reads at once; memory is bounded by their size."""
+    """The cleaning rules."""
 
     def digest(self) -> str:
         """Changes when, and only when, a setting that changes the sequences does."""
-        rules = self.model_dump_json(exclude={"buckets_per_task"})
-        return hashlib.sha256(rules.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 def build_sequences(
@@ -44,54 +47,75 @@ def build_sequences(
     config: CleaningConfig,
     *,
     rare_items: pa.Array | None = None,
+    context: tuple[str, ...] = (),
 ) -> tuple[pa.Table, Counter[str]]:
     """Sequences of all users of whole buckets, ordered by bucket and user, and what was removed.
 
-    `events` has `EVENT_COLUMNS`, in any row order; `users` has `USER_COLUMNS` (None, or a user that
-    is not in it: segment is null). `rare_items` comes from `find_rare_items`, for the whole table.
+    `events` has `EVENT_COLUMNS` and the text columns that `context` names, in any row order;
+    `users` has `USER_COLUMNS` (None, or a user that is not in it: segment is null). `rare_items`
+    comes from `find_rare_items`, for the whole table. The columns are those of `sequences_schema`,
+    with text in lists dictionary-encoded; `write_part` stores it as plain text.
     """
-    schema = sequences_schema(
-        id_type_of(events.schema, "user_id"), id_type_of(events.schema, "item_id")
-    )
     user, user_ids = _rank_codes(events["user_id"])
-    item, item_ids = _codes(events["item_id"])
-    event_type, event_types = _codes(events["event_type"])
-    device, devices = _codes(events["device"])
+    item, item_ids = _item_codes(events["item_id"])
+    texts = {name: _codes(events[name]) for name in ("event_type", "device", *context)}
+    event_type, event_types = texts.pop("event_type")
     timestamp = _numbers(events["timestamp"])
-    order = _chronological(events, user, timestamp)
-    flat = FlatEvents(user, item, event_type, timestamp, device).take(order)
+    order = chronological_order(
+        user, timestamp, _numbers(events["ingested_at"]), _numbers(events["arrival"])
+    )
+    bucket = _bucket_of_users(events[PARTITION], user, len(user_ids))
+    others = {name: codes for name, (codes, _) in texts.items()}
+    flat = FlatEvents(user, item, event_type, timestamp, others).take(order)
 
+    wrong_types = _wrong_types(event_types, config)
     flat, counts = clean(
         flat,
         config,
-        wrong_type=_mask_types(event_types, config)[flat.event_type],
-        rare_item=_mask_items(item_ids, rare_items)[flat.item],
+        wrong_type=wrong_types[flat.event_type] if wrong_types.any() else None,
+        rare_item=_mask_rare(flat.item, item_ids, rare_items),
     )
 
-    offsets = user_offsets(flat)
+    offsets = user_offsets(flat.user)
     whose = flat.user[offsets[:-1]]
-    bucket = np.empty(len(user_ids), np.int32)
-    bucket[user] = _numbers(events[PARTITION])
-    columns = [
-        user_ids.take(pa.array(whose)),
-        _segments(user_ids.take(pa.array(whose)), users),
-        _lists(offsets, item_ids.take(pa.array(flat.item))),
-        _lists(offsets, event_types.take(pa.array(flat.event_type))),
-        _lists(offsets, pa.array(flat.timestamp_us).cast(TIMESTAMP)),
-        _lists(offsets, devices.take(pa.array(flat.device))),
-        pa.array(bucket[whose]),
-    ]
-    sequences = pa.Table.from_arrays(columns, schema=schema)
-    by_bucket = np.argsort(bucket[whose], kind="stable")
-    return sequences.take(pa.array(by_bucket)), counts
+    ids = user_ids.take(pa.array(whose))
+    lists = {
+        "item_ids": _decode(flat.item, item_ids),
+        "event_types": _decode(flat.event_type, event_types),
+        "timestamps": pa.array(flat.timestamp_us).view(TIMESTAMP),
+        "devices": _decode(flat.context["device"], texts["device"][1]),
+    }
+    further = {name: _decode(flat.context[name], texts[name][1]) for name in context}
+    sequences = pa.table(
+        {"user_id": ids, "segment": _segments(ids, users)}
+        | {name: _lists(offsets, values) for name, values in lists.items()}
+        | {PARTITION: pa.array(bucket[whose])}
+        | {name: _lists(offsets, values) for name, values in further.items()}
+    )
+    return _by_bucket(sequences, bucket[whose]), counts
 
 
-def count_items(events: pa.Table, config: CleaningConfig) -> pa.Table:
-    """Events of the kept types per item, for `min_item_events`: columns `item_id`, `num_events`."""
+def count_items(
+    events: pa.Table, config: CleaningConfig, rare_items: pa.Array | None = None
+) -> pa.Table:
+    """Events of the kept types per item, for `min_item_events`: columns `item_id`, `num_events`.
+
+    `events` are whole buckets with the columns user_id, item_id and event_type. With the items that
+    are known to be rare, their events do not count, nor do those of users who have fewer than
+    `min_user_events` without them.
+    """
     if config.event_types is not None:
         kept = pa.array(config.event_types, pa.string())
-        events = events.filter(pc.is_in(events["event_type"], value_set=kept))
-    counted = events["item_id"].combine_chunks().value_counts()
+        events = events.filter(pc.is_in(_plain(events["event_type"]), value_set=kept))
+    items = _plain(events["item_id"])
+    if rare_items is not None:
+        is_kept = pc.invert(pc.is_in(items, value_set=rare_items.cast(items.type)))
+        user, _ = _rank_codes(events["user_id"].filter(is_kept))
+        order = radix_order(user)
+        is_counted = np.empty(len(user), bool)
+        is_counted[order] = ~is_short(user[order], config.min_user_events)
+        items = items.filter(is_kept).filter(pa.array(is_counted))
+    counted = items.value_counts()
     return pa.table({"item_id": counted.field("values"), "num_events": counted.field("counts")})
 
 
@@ -112,19 +136,30 @@ def _add_counts(left: pa.Table, right: pa.Table) -> pa.Table:
     return pa.table({"item_id": both["item_id"], "num_events": both["num_events_sum"]})
 
 
-def _chronological(
-    events: pa.Table, user: NDArray[np.int64], timestamp: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Row order by user, timestamp, ingested_at, arrival."""
-    ingested, arrival = _numbers(events["ingested_at"]), _numbers(events["arrival"])
-    # Files mostly come in order of arrival; then the stable sort keeps it and two keys are enough.
-    step = np.diff(ingested)
-    if np.all((step > 0) | ((step == 0) & (np.diff(arrival) >= 0))):
-        return np.lexsort((timestamp, user))
-    return np.lexsort((arrival, ingested, timestamp, user))
+def digest_rare(items: pa.ChunkedArray, rare_items: pa.Array) -> str:
+    """Changes when, and only when, other items of these are rare."""
+    values = _plain(items).unique()
+    rare = values.filter(pc.is_in(values, value_set=rare_items.cast(values.type)))
+    texts = sorted(rare.cast(pa.string()).to_pylist())
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def _mask_types(event_types: pa.Array, config: CleaningConfig) -> NDArray[np.bool_]:
+def _by_bucket(sequences: pa.Table, bucket: Ints) -> pa.Table:
+    order = radix_order(bucket)
+    return sequences if np.all(np.diff(order) > 0) else sequences.take(pa.array(order))
+
+
+def _bucket_of_users(column: pa.ChunkedArray, user: Ints, num_users: int) -> NDArray[np.int32]:
+    bucket = np.empty(num_users, np.int32)
+    bounds = pc.min_max(column)
+    if bounds["min"] == bounds["max"]:
+        bucket[:] = bounds["min"].as_py() or 0
+    else:
+        bucket[user] = column.to_numpy()
+    return bucket
+
+
+def _wrong_types(event_types: pa.Array, config: CleaningConfig) -> Mask:
     """For each code, whether the type is to be left out."""
     if config.event_types is None:
         return np.zeros(len(event_types), bool)
@@ -132,12 +167,14 @@ def _mask_types(event_types: pa.Array, config: CleaningConfig) -> NDArray[np.boo
     return np.asarray(pc.invert(kept), bool)
 
 
-def _mask_items(item_ids: pa.Array, rare_items: pa.Array | None) -> NDArray[np.bool_]:
-    """For each code, whether the item is to be left out."""
+def _mask_rare(item: Ints, item_ids: pa.Array | None, rare_items: pa.Array | None) -> Mask | None:
+    """Which events are of a rare item."""
     if rare_items is None:
-        return np.zeros(len(item_ids), bool)
-    rare = pc.is_in(item_ids, value_set=rare_items.cast(item_ids.type))
-    return np.asarray(rare, bool)
+        return None
+    if item_ids is None:
+        return np.asarray(pc.is_in(pa.array(item), value_set=rare_items.cast(pa.int64())), bool)
+    is_rare = pc.is_in(item_ids, value_set=rare_items.cast(item_ids.type))
+    return np.asarray(is_rare, bool)[item]
 
 
 def _segments(user_ids: pa.Array, users: pa.Table | None) -> pa.Array:
@@ -151,17 +188,47 @@ def _lists(offsets: NDArray[np.int64], values: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
+def _item_codes(column: pa.ChunkedArray) -> tuple[Ints, pa.Array | None]:
+    """Integers are codes as they are; text is looked up in the values that come second."""
+    if pa.types.is_integer(column.type):
+        return _numbers(column), None
+    return _codes(column)
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[Ints, pa.Array]:
     """Codes `[rows]` and the distinct values that they point to; null is a value of its own."""
-    encoded = _plain(column).dictionary_encode(null_encoding="encode")
-    return encoded.indices.to_numpy(), encoded.dictionary
+    encoded = column.unify_dictionaries().combine_chunks()
+    if not pa.types.is_dictionary(encoded.type):
+        encoded = _plain(column).dictionary_encode()
+    codes, values = encoded.indices, _plain(pa.chunked_array([encoded.dictionary]))
+    if codes.null_count:
+        codes = pc.fill_null(codes, len(values))
+        values = pa.concat_arrays([values, pa.nulls(1, values.type)])
+    # Most columns have a handful of values: what is gathered is a byte each.
+    return codes.to_numpy().astype(np.min_scalar_type(len(values))), values
 
 
-def _rank_codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
-    """Like `_codes`, with the values in ascending order, so that codes sort as values do."""
-    codes, values = _codes(column)
+def _decode(codes: Ints, values: pa.Array | None) -> pa.Array:
+    """The values of codes, dictionary-encoded; integers as they are."""
+    if values is None:
+        return pa.array(codes)
+    mask = None
+    if values.null_count:
+        mask = codes == len(values) - 1
+        codes, values = np.where(mask, 0, codes), values[:-1]
+    indices = pa.array(codes.astype(np.int32), mask=mask)
+    return pa.DictionaryArray.from_arrays(indices, values)
+
+
+def _rank_codes(column: pa.ChunkedArray) -> tuple[Ints, pa.Array]:
+    """Like `_codes` for ids, with the values in ascending order, so that codes sort as ids do."""
+    if pa.types.is_integer(column.type):
+        encoded = column.combine_chunks().dictionary_encode()
+        codes, values = encoded.indices.to_numpy(), encoded.dictionary
+    else:
+        codes, values = _codes(column)
     order = pc.sort_indices(values).to_numpy()
-    rank = np.empty(len(order), np.int64)
+    rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
     return rank[codes], values.take(pa.array(order))
 
@@ -174,4 +241,5 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """The 64-bit integers of a column without nulls; microseconds for a timestamp."""
-    return np.asarray(column.combine_chunks().cast(pa.int64()), np.int64)
+    array = column.combine_chunks()
+    return np.asarray(array.view(pa.int64()) if array.type != pa.int64() else array, np.int64)

@@ -11,7 +11,7 @@ def flat(*rows):
     """Events from (user, item) or (user, item, time, type) rows, already in order."""
     full = [(*row, at, 0)[:4] if len(row) == 2 else row for at, row in enumerate(rows)]
     user, item, time, kind = np.array(full, np.int64).reshape(-1, 4).T
-    return FlatEvents(user, item, kind, time, np.arange(len(full)))
+    return FlatEvents(user, item, kind, time, {"device": np.arange(len(full))})
 
 
 def pairs(events):
@@ -31,7 +31,7 @@ def test_a_run_keeps_the_first_time_and_device_and_the_last_type():
     assert run.item.tolist() == [5, 6]
     assert run.timestamp_us.tolist() == [10, 40]
     assert run.event_type.tolist() == [2, 0]
-    assert run.device.tolist() == [0, 3]
+    assert run.context["device"].tolist() == [0, 3]
 
 
 def test_a_run_ends_with_its_user():

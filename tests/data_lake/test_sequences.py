@@ -2,15 +2,18 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_lake.parquet import encode_parquet
 from data_lake.schemas import TIMESTAMP, events_schema, sequences_schema
 from data_lake.sequences import (
     EVENT_COLUMNS,
     SequencesConfig,
     build_sequences,
     count_items,
+    digest_rare,
     find_rare_items,
 )
 
@@ -46,10 +49,26 @@ def as_rows(sequences):
     return whole.to_pylist()
 
 
+def stored(sequences):
+    """The same rows as a file of the lake holds them."""
+    return pq.read_table(pa.BufferReader(encode_parquet(sequences)))
+
+
+def test_stored_sequences_have_the_columns_of_the_table():
+    for id_type, ids in (("int64", (1, 2)), ("string", ("a", "b"))):
+        events = events_table([event(ids[0], ids[1], device="app")], id_type=id_type)
+        sequences = stored(build_sequences(events, None, LENIENT)[0])
+        schema = sequences_schema(id_type, id_type)
+        assert sequences.schema.names == schema.names
+        assert [str(kind) for kind in sequences.schema.types] == [
+            str(kind).replace("item:", "element:") for kind in schema.types
+        ]
+
+
 def test_one_row_a_user_in_order_of_time():
     events = events_table([event(2, 30, timestamp=5), event(1, 20), event(2, 10, timestamp=1)])
     sequences, _ = build_sequences(events, None, LENIENT)
-    assert sequences.schema == sequences_schema("int64", "int64")
+    assert sequences.schema.names == sequences_schema("int64", "int64").names
     assert sequences["user_id"].to_pylist() == [1, 2]
     assert sequences["item_ids"].to_pylist() == [[20], [10, 30]]
 
@@ -90,7 +109,7 @@ def test_strings_as_delta_rewrites_them_are_taken():
         pa.schema({"user_id": pa.string_view(), "segment": pa.string_view()})
     )
     sequences, _ = build_sequences(plain.cast(pa.schema(views)), users, LENIENT)
-    assert sequences.schema == sequences_schema("string", "string")
+    assert sequences["item_ids"].to_pylist() == [["y"], ["x"]]
     assert sequences["segment"].to_pylist() == ["gold", None]
 
 
@@ -130,14 +149,51 @@ def test_rare_items_are_found_over_all_buckets_together():
 def test_no_events_give_no_sequences():
     sequences, counts = build_sequences(events_table([]), None, SequencesConfig())
     assert sequences.num_rows == 0
-    assert sequences.schema == sequences_schema("int64", "int64")
+    assert sequences.schema.names == sequences_schema("int64", "int64").names
     assert counts["users_kept"] == 0
 
 
-def test_digest_changes_with_a_rule_and_not_with_the_size_of_a_task():
-    base = SequencesConfig().digest()
-    assert SequencesConfig(buckets_per_task=7).digest() == base
-    assert SequencesConfig(max_length=50).digest() != base
+def test_digest_changes_with_a_rule():
+    assert SequencesConfig().digest() == SequencesConfig(max_length=None).digest()
+    assert SequencesConfig().digest() != SequencesConfig(max_length=50).digest()
+
+
+def test_context_of_the_shop_is_kept_per_position():
+    events = events_table([event(1, 5), event(1, 6), event(2, 5)])
+    events = events.append_column("region", pa.array(["north", None, "south"]))
+    sequences, _ = build_sequences(events, None, LENIENT, context=("region",))
+    assert sequences["region"].to_pylist() == [["north", None], ["south"]]
+    assert stored(sequences)["region"].to_pylist() == [["north", None], ["south"]]
+
+
+def test_codes_in_chunks_of_their_own_are_the_values_that_they_mean():
+    parts = [events_table([event("u", item, device=item)], id_type="string") for item in "ba"]
+    columns = [name for name in EVENT_COLUMNS if parts[0].schema.field(name).type == pa.string()]
+    for name in columns:
+        parts = [
+            part.set_column(part.column_names.index(name), name, part[name].dictionary_encode())
+            for part in parts
+        ]
+    sequences, _ = build_sequences(pa.concat_tables(parts), None, LENIENT)
+    assert sequences["item_ids"].to_pylist() == [["b", "a"]]
+    assert sequences["devices"].to_pylist() == [["b", "a"]]
+
+
+def test_with_further_passes_users_who_are_too_short_no_longer_count():
+    # Item 5 has two events, but one of them is all that user 2 has left without item 6.
+    config = SequencesConfig(min_item_events=2, min_user_events=2)
+    events = events_table([event(1, 5), event(1, 7), event(2, 5), event(2, 6), event(3, 7)])
+    first = find_rare_items([count_items(events, config)], config)
+    second = find_rare_items([count_items(events, config, first)], config)
+    assert first.to_pylist() == [6]
+    assert sorted(second.to_pylist()) == [5, 7]
+
+
+def test_the_digest_of_rare_items_looks_at_the_items_that_occur():
+    items = pa.chunked_array([[3, 1, 3], [2]])
+    digest = digest_rare(items, pa.array([1, 9]))
+    assert digest == digest_rare(pa.chunked_array([[1, 3, 2]]), pa.array([1]))
+    assert digest != digest_rare(items, pa.array([1, 2]))
 
 
 def reference(rows, config, rare):
