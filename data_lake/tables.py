@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
@@ -28,6 +29,7 @@ from data_lake.storage import is_local, locate, open_file, write_file
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
+_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def write_part(
 ) -> Part:
     """Writes rows as one Parquet file of a table, without committing it; runs anywhere.
 
-    The partition column is left out of the file, as Delta wants it.
+    The partition column is left out of the file, as Delta wants it. Text may be
+    dictionary-encoded, in lists too; it is read as plain text again.
     """
     folder = "" if bucket is None else f"{PARTITION}={bucket}/"
     path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
@@ -135,17 +138,21 @@ def commit_parts(
     parts: Sequence[Part],
     *,
     mode: Literal["append", "overwrite"] = "append",
+    removes: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
     transactions: Sequence[tuple[str, int]] = (),
 ) -> int:
     """Makes parts visible in one commit, and returns the table's new version.
 
-    Raises: ConflictError when another writer overwrote the table, or committed a transaction of the
-        same name, since `table` was opened.
+    `removes` are URIs of files, as `files_by_bucket` gives them, that leave an appended table in
+    the same commit.
+
+    Raises: ConflictError when another writer overwrote the table, removed one of the same files, or
+        committed a transaction of the same name, since `table` was opened.
     """
     try:
         table.create_write_transaction(
-            actions=[part.add_action() for part in parts],
+            actions=[*(part.add_action() for part in parts), *_remove_actions(table, removes)],
             mode=mode,
             schema=table.schema(),
             partition_by=table.metadata().partition_columns or None,
@@ -171,13 +178,9 @@ def last_metadata(table: DeltaTable, key: str) -> str | None:
 
 def files_by_bucket(table: DeltaTable) -> dict[int, list[str]]:
     """URIs of the files of each bucket that has any."""
-    actions = pa.table(table.get_add_actions(flatten=True))
-    root = table.table_uri.rstrip("/")
     found: dict[int, list[str]] = {}
-    for path, bucket in zip(
-        actions["path"].to_pylist(), actions[f"partition.{PARTITION}"].to_pylist(), strict=True
-    ):
-        found.setdefault(int(bucket), []).append(f"{root}/{path}")
+    for uri, file in _listed_files(table).items():
+        found.setdefault(int(file[f"partition.{PARTITION}"]), []).append(uri)
     return {bucket: sorted(found[bucket]) for bucket in sorted(found)}
 
 
@@ -190,18 +193,18 @@ def read_files(
     files: Sequence[str],
     columns: Sequence[str] | None = None,
     options: Mapping[str, str] | None = None,
+    *,
+    dictionary: Sequence[str] = (),
 ) -> pa.Table:
     """Rows of one or more Parquet files of a table, in the order of the files.
 
-    The columns of the files only: the partition column is not among them.
+    The columns of the files only: the partition column is not among them. A column that a file does
+    not have is null in its rows, and of type null where no file has it. Text columns named in
+    `dictionary` come as dictionary<int32, string>, one dictionary for all chunks.
     """
-    wanted = None if columns is None else list(columns)
-    tables = []
-    for uri in files:
-        with open_file(uri, options) as stream:
-            tables.append(pq.ParquetFile(stream).read(wanted))
-    rows = pa.concat_tables(tables, promote_options="default")
-    return rows if wanted is None else rows.select(wanted)
+    tables = [_read_file(uri, columns, options, dictionary) for uri in files]
+    rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    return rows if columns is None else rows.select(list(columns))
 
 
 def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
@@ -244,6 +247,81 @@ def upsert(
         raise _conflict(table, error) from error
     table.update_incremental()
     return dict(merged)
+
+
+def _read_file(
+    uri: str,
+    columns: Sequence[str] | None,
+    options: Mapping[str, str] | None,
+    dictionary: Sequence[str],
+) -> pa.Table:
+    with open_file(uri, options) as stream:
+        metadata = pq.read_metadata(stream)
+        there = metadata.schema.to_arrow_schema()
+        file = pq.ParquetFile(
+            stream,
+            metadata=metadata,
+            read_dictionary=[name for name in dictionary if _is_text(there, name)],
+            # From a store far away the columns come all at once.
+            pre_buffer=not is_local(uri),
+        )
+        rows = file.read([name for name in columns or there.names if name in there.names])
+    rows = _with_plain_text(rows)
+    for name in columns or ():
+        if name not in there.names:
+            kind = _DICTIONARY if name in dictionary else pa.null()
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
+    for name in dictionary:
+        if _is_text(rows.schema, name):
+            encoded = rows[name].dictionary_encode()
+            rows = rows.set_column(rows.schema.get_field_index(name), name, encoded)
+    return rows
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return name in schema.names and pa.types.is_string(schema.field(name).type)
+
+
+def _with_plain_text(rows: pa.Table) -> pa.Table:
+    """Text as `string`: files that Delta itself wrote have it of a type with few kernels."""
+    return rows.cast(pa.schema([field.with_type(_plain_type(field.type)) for field in rows.schema]))
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    return pa.string() if pa.types.is_string_view(kind) else kind
+
+
+def _listed_files(table: DeltaTable) -> dict[str, dict[str, Any]]:
+    """What the log says of each file of a table, by the file's URI."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    partitions = [f"partition.{name}" for name in table.metadata().partition_columns]
+    listed = actions.select(["path", "size_bytes", *partitions]).to_pylist()
+    root = table.table_uri.rstrip("/")
+    return {f"{root}/{file['path']}": file for file in listed}
+
+
+def _remove_actions(table: DeltaTable, uris: Sequence[str]) -> list[RemoveAction]:
+    if not uris:
+        return []
+    files, now_ms = _listed_files(table), time.time_ns() // 1_000_000
+    gone = [uri for uri in uris if uri not in files]
+    if gone:
+        # The log would take the removal of a file that is not there.
+        raise ConflictError(f"{gone[0]} has left {table.table_uri} already; run this job again.")
+    return [_remove_action(files[uri], now_ms) for uri in uris]
+
+
+def _remove_action(file: Mapping[str, Any], now_ms: int) -> RemoveAction:
+    prefix = "partition."
+    values = {
+        name.removeprefix(prefix): None if value is None else str(value)
+        for name, value in file.items()
+        if name.startswith(prefix)
+    }
+    # Paths are listed with % codes, which a removal gets once more.
+    return RemoveAction(unquote(file["path"]), True, now_ms, file["size_bytes"], values)
 
 
 def _conflict(table: DeltaTable, error: CommitFailedError) -> ConflictError:
@@ -292,7 +370,7 @@ def _statistics(rows: pa.Table) -> str:
     lowest, highest, nulls = {}, {}, {}
     for name in _STATISTICS:
         if name in rows.column_names and rows.num_rows:
-            bounds = pc.min_max(rows[name]).as_py()
+            bounds = pc.min_max(_distinct(rows[name])).as_py()
             lowest[name], highest[name] = _as_json(bounds["min"]), _as_json(bounds["max"])
             nulls[name] = rows[name].null_count
     return json.dumps(
@@ -303,6 +381,13 @@ def _statistics(rows: pa.Table) -> str:
             "nullCount": nulls,
         }
     )
+
+
+def _distinct(column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The values of a dictionary-encoded column once each; any other column as it is."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    return pc.unique(column).cast(column.type.value_type)
 
 
 def _as_json(value: Any) -> Any:
