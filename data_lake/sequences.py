@@ -119,16 +119,21 @@ def count_items(
     return pa.table({"item_id": counted.field("values"), "num_events": counted.field("counts")})
 
 
-def find_rare_items(counts: Iterable[pa.Table], config: CleaningConfig) -> pa.Array:
-    """Items with fewer than `min_item_events`, from the counts of all buckets."""
+def find_rare_items(
+    counts: Iterable[pa.Table], config: CleaningConfig, rare_items: pa.Array | None = None
+) -> pa.Array:
+    """Items with fewer than `min_item_events`, from the counts of all buckets, and those that were
+    `rare_items` before.
+    """
     # Added up one by one: together they would be as long as the events.
     total: pa.Table | None = None
     for counted in counts:
         total = counted if total is None else _add_counts(total, counted)
     if total is None:
-        return pa.array([], pa.int64())
+        return pa.array([], pa.int64()) if rare_items is None else rare_items
     is_rare = pc.less(total["num_events"], config.min_item_events)
-    return total.filter(is_rare)["item_id"].combine_chunks()
+    found = _plain(total.filter(is_rare)["item_id"])
+    return found if rare_items is None else pa.concat_arrays([rare_items, found])
 
 
 def _add_counts(left: pa.Table, right: pa.Table) -> pa.Table:

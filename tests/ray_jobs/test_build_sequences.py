@@ -79,7 +79,7 @@ def test_nothing_is_built_while_events_and_rules_are_the_same(tmp_path, ray_clus
     write_events(tmp_path, EVENTS)
     build_sequences.run(pipeline(tmp_path))
     before = open_table(str(tmp_path / "lake"), "sequences").version()
-    report = build_sequences.run(pipeline(tmp_path, buckets_per_task=3))
+    report = build_sequences.run(pipeline(tmp_path))
     assert "nothing to do" in report.headline
     assert open_table(str(tmp_path / "lake"), "sequences").version() == before
 
@@ -98,7 +98,7 @@ def test_new_events_replace_the_table_in_one_commit(tmp_path, ray_cluster):
 @pytest.mark.ray
 def test_rare_items_are_counted_over_all_buckets(tmp_path, ray_cluster):
     write_events(tmp_path, EVENTS)
-    report = build_sequences.run(pipeline(tmp_path, min_item_events=2, buckets_per_task=2))
+    report = build_sequences.run(pipeline(tmp_path, min_item_events=2))
     # Items 12 and 13 were seen once; users 2 and 4 are too short without them.
     assert report.figures["removed_rare_items"] == 2
     assert list(read_sequences(tmp_path)) == [1]
