@@ -1,9 +1,14 @@
-"""Reads one part of a raw log; values stay as they came, `normalise` makes sense of them."""
+"""Reads one part of a raw log, so many rows at a time; values stay as they came, `normalise` makes
+sense of them.
+"""
 
 import io
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -23,6 +28,9 @@ from data_lake.storage import Options, open_file
 _FIELD_SEPARATOR = "\x1f"
 """Stands for MovieLens' `::`, as the reader takes a single character only."""
 _LONGEST_LINE_BYTES = 8 * 2**20
+_BATCH_ROWS = 500_000
+_BUFFER_BYTES = 2**20
+"""Read ahead of each column, so that not a whole row group is in memory."""
 _MANY_ROWS = 100
 """Fewer rows may all lack a key without the map being wrong."""
 _MUST_OCCUR = ("user_id", "item_id", "event_type", "timestamp")
@@ -44,34 +52,77 @@ class RawRows:
         return int(self.columns.num_rows) + len(self.misfits)
 
 
-def read_part(source: SourceConfig, part: Part, options: Options | None = None) -> RawRows:
-    """The rows of one part, as they came.
+def read_part(
+    source: SourceConfig, part: Part, options: Options | None = None
+) -> Iterator[RawRows]:
+    """The rows of one part, as they came: a text at once, Parquet in batches.
 
     Raises: SourceError when the file is broken or lacks a mapped column.
     """
-    if source.format == "parquet":
-        return _read_parquet(source, part, options)
+    if source.format in ("parquet", "delta"):
+        yield from _read_parquet(source, part, options)
+        return
     text = _read_lines(part, options)
     if source.format == "jsonl":
-        return _read_json_lines(source, part, text)
+        yield _read_json_lines(source, part, text)
+        return
     if source.format == "movielens":
         separator = _FIELD_SEPARATOR.encode()
         text = text.decode("latin-1").encode().replace(b"::", separator)
     names = field_names(source, part.path, options)
-    return _read_delimited(source, part, _repaired(text), names)
+    yield _read_delimited(source, part, _repaired(text), names)
 
 
-def _read_parquet(source: SourceConfig, part: Part, options: Options | None) -> RawRows:
-    def read(columns: list[str] | None) -> pa.Table:
-        try:
-            with open_file(part.path, options) as stream:
-                groups = list(range(part.start, part.stop))
-                return pq.ParquetFile(stream).read_row_groups(groups, columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SourceError(f"{part.path} cannot be read ({error}); deliver it again.") from None
+def _read_parquet(source: SourceConfig, part: Part, options: Options | None) -> Iterator[RawRows]:
+    whole = _WholeRows(part, options)
+    wanted = wanted_columns(source)
+    for number, rows in enumerate(_read_batches(part, wanted, options)):
+        given = {name: part.given.get(name) for name in wanted if name not in rows.column_names}
+        yield RawRows(_add_constants(rows, given), [], partial(whole.show, number))
 
-    # Columns that nobody maps are read for the rows that are shown, which are few or none.
-    return RawRows(read(wanted_columns(source)), [], lambda rows: show_as_json(read(None), rows))
+
+class _WholeRows:
+    """Rows with the columns that nobody maps; only read for what is shown, which is little or
+    nothing.
+    """
+
+    def __init__(self, part: Part, options: Options | None) -> None:
+        self.given = part.given
+        self.batches = enumerate(_read_batches(part, None, options))
+
+    def show(self, number: int, rows: Sequence[int]) -> list[str]:
+        """Rows of one batch as JSON; the numbers of the batches must rise from call to call."""
+        if not len(rows):
+            return []
+        _, batch = next(itertools.dropwhile(lambda found: found[0] < number, self.batches))
+        return show_as_json(_add_constants(batch, self.given), rows)
+
+
+def _read_batches(
+    part: Part, columns: Sequence[str] | None, options: Options | None
+) -> Iterator[pa.Table]:
+    """Those of the columns that the file has; all of them if None."""
+    try:
+        with open_file(part.path, options) as stream:
+            file = pq.ParquetFile(
+                stream,
+                buffer_size=_BUFFER_BYTES,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            )
+            names = file.schema_arrow.names
+            groups = list(range(part.start, part.stop))
+            wanted = names if columns is None else [name for name in columns if name in names]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=wanted):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{part.path} cannot be read ({error}); deliver it again.") from None
+
+
+def _add_constants(rows: pa.Table, values: Mapping[str, Any]) -> pa.Table:
+    for name, value in values.items():
+        rows = rows.append_column(name, pa.repeat(pa.scalar(value), rows.num_rows))
+    return rows
 
 
 def show_as_json(table: pa.Table, rows: Sequence[int]) -> list[str]:

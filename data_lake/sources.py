@@ -5,10 +5,11 @@ them.
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Literal
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.errors import SourceError
-from data_lake.schemas import IdType
+from data_lake.schemas import IdType, events_schema, sequences_schema
 from data_lake.storage import Options, locate, open_file
 
 _PART_BYTES = 32 * 2**20
@@ -33,10 +34,10 @@ class SourceConfig(BaseModel):
 
     path: str
     """A file, a folder (all files below it) or a pattern with `*`, local or a URI; may use
-    environment variables."""
-    format: Literal["parquet", "csv", "jsonl", "movielens"]
+    environment variables. The table itself where the format is delta."""
+    format: Literal["parquet", "csv", "jsonl", "movielens", "delta"]
     """csv: a row is a line, quotes or not; movielens: the same without a header, fields apart by
-    `::`, Latin-1; jsonl: an object a line."""
+    `::`, Latin-1; jsonl: an object a line; delta: the newest version of someone else's table."""
     columns: dict[str, str | tuple[str, ...]]
     """Column of the lake -> column of the source, or several that are joined by `-`."""
     constants: dict[str, str] = Field(default_factory=dict)
@@ -82,6 +83,23 @@ class IngestConfig(BaseModel):
     items: tuple[SourceConfig, ...] = ()
     users: tuple[SourceConfig, ...] = ()
 
+    @field_validator("context")
+    @classmethod
+    def _are_new_names(cls, context: tuple[str, ...]) -> tuple[str, ...]:
+        taken = {
+            *events_schema("string", "string").names,
+            *sequences_schema("string", "string").names,
+        }
+        # Delta tells names apart by more than upper and lower case.
+        for name, count in Counter(name.lower() for name in context).items():
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is no column name; use letters, digits and _")
+            if name in taken:
+                raise ValueError(f"{name} is a column of our own; take another name")
+            if count > 1:
+                raise ValueError(f"{name} is there {count} times; name it once")
+        return context
+
 
 @dataclass(frozen=True)
 class Part:
@@ -90,6 +108,10 @@ class Part:
     path: str
     start: int
     stop: int
+    weight: float = 1
+    """How much of one task's load it is; more than 1 where one row group has very many rows."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that are the same in all rows and not in the file, as a Delta partition has them."""
 
 
 def list_files(source: SourceConfig, path: str, options: Options | None = None) -> list[str]:
@@ -119,16 +141,33 @@ def cut_file(source: SourceConfig, path: str, options: Options | None = None) ->
     Raises: SourceError when it cannot be read or lacks a mapped column.
     """
     if source.format == "parquet":
-        return list(_cut_parquet(source, path, options))
+        names, parts = cut_parquet(path, options)
+        refuse_missing(path, wanted_columns(source), names)
+        return parts
     with open_file(path, options) as file:
         size, magic = file.size(), file.read(4)
     if magic.startswith(_COMPRESSED):
         raise SourceError(f"{path} is compressed; unpack it, for text is read from the middle too.")
     if size and source.format != "jsonl":
         refuse_missing(path, wanted_columns(source), field_names(source, path, options))
-    return [
-        Part(path, start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)
-    ]
+    return [_cut_bytes(path, start, size) for start in range(0, size, _PART_BYTES)]
+
+
+def cut_parquet(path: str, options: Options | None = None) -> tuple[list[str], list[Part]]:
+    """Columns of a Parquet file, and its parts: row groups that together have rows enough.
+
+    Raises: SourceError when it is no whole Parquet file.
+    """
+    try:
+        with open_file(path, options) as stream:
+            file = pq.ParquetFile(stream)
+            names = list(file.schema_arrow.names)
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"{path} is not a whole Parquet file ({error}); deliver it again."
+        ) from None
+    return names, list(_join_groups(path, sizes))
 
 
 def wanted_columns(source: SourceConfig) -> list[str]:
@@ -166,22 +205,17 @@ def _fits(file: str, pattern: str) -> bool:
     return len(steps) == len(patterns) and all(map(fnmatch, steps, patterns))
 
 
-def _cut_parquet(source: SourceConfig, path: str, options: Options | None) -> Iterator[Part]:
-    try:
-        with open_file(path, options) as stream:
-            file = pq.ParquetFile(stream)
-            names = file.schema_arrow.names
-            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(
-            f"{path} is not a whole Parquet file ({error}); deliver it again."
-        ) from None
-    refuse_missing(path, wanted_columns(source), names)
+def _cut_bytes(path: str, start: int, size: int) -> Part:
+    stop = min(start + _PART_BYTES, size)
+    return Part(path, start, stop, weight=(stop - start) / _PART_BYTES)
+
+
+def _join_groups(path: str, sizes: Sequence[int]) -> Iterator[Part]:
     start, rows = 0, 0
     for group, size in enumerate(sizes):
         rows += size
         if rows >= _PART_ROWS or group == len(sizes) - 1:
-            yield Part(path, start, group + 1)
+            yield Part(path, start, group + 1, weight=rows / _PART_ROWS)
             start, rows = group + 1, 0
 
 

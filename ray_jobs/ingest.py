@@ -17,21 +17,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 from deltalake import DeltaTable
-from ray.exceptions import RayTaskError
 
-from data_lake.errors import LakeError, SourceError
-from data_lake.ingest import (
-    MergeReport,
-    PartReport,
-    PartTask,
-    SourceFile,
-    Target,
-    group_edges,
-    load_events,
-    load_part,
-    look_at,
-    merge_group,
-)
+from data_lake.errors import ConflictError, SourceError
+from data_lake.exchange import Files, MergeReport, drop_known
+from data_lake.ingest import PartReport, PartTask, SourceFile, Target, load_rows, look_at
 from data_lake.normalise import check_mapped
 from data_lake.schemas import (
     PARTITION,
@@ -49,11 +38,13 @@ from data_lake.tables import (
     last_metadata,
     upsert,
 )
+from data_lake.written import Written
 from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.exchange import exchange_by_shuffle, exchange_pieces, finish_in_order, get
 from ray_jobs.job import Report, main, timed
 
-_MAX_GROUPS = 64
-"""Groups of buckets in one run: as many pieces come of a part, and so much is merged at once."""
+_MAX_ROUNDS = 10
+"""Times that a run makes room for others that have committed before it."""
 _SOURCES = "nextitem.sources"
 
 
@@ -99,57 +90,97 @@ def run(config: PipelineConfig) -> Report:
 
 def _ingest_events(new: Input) -> dict[str, Any]:
     started = time.perf_counter()
-    reports, merged = _load_and_merge(new)
-    num_read = sum(report.num_read for report in reports)
-    num_rejected = sum(report.num_rejected for report in reports)
-    _refuse_empty(new, num_read)
-    parts = [part for report in merged for part in report.parts]
-    num_committed = sum(part.num_rows for part in parts)
-    num_duplicates = sum(report.num_duplicates for report in merged)
-    assert num_read == num_committed + num_duplicates + num_rejected
-
-    # Quarantine first: should only it land, the next run knows, and events stay all or nothing.
-    _commit_quarantine(new, reports)
-    counts = {
-        "read": num_read,
-        "committed": num_committed,
-        "duplicate": num_duplicates,
-        "quarantined": num_rejected,
-    }
-    commit_parts(
-        new.table,
-        parts,
-        metadata={f"nextitem.{name}": str(count) for name, count in counts.items()},
-        transactions=[
-            # Shared by all runs: of two at a time, which cannot see each other's events, one loses.
-            ("ingest", new.target.started_us),
-            *(file.transaction("events") for file in new.files),
-        ],
-    )
+    is_foreign = any(file.source.format == "delta" for file in new.files)
+    exchange = exchange_by_shuffle if is_foreign else exchange_pieces
+    with Written(new.target.lake_uri, new.target.options) as written:
+        existing = files_by_bucket(new.table)
+        exchanged = exchange(_tasks(new), new.target, existing, written)
+        num_read = sum(report.num_read for report in exchanged.loaded)
+        _refuse_empty(new, num_read)
+        # Quarantine first: should only it land, the next run knows, and events stay all or nothing.
+        _commit_quarantine(new, exchanged.loaded, written)
+        counts = _commit_events(new, exchanged.loaded, exchanged.merged, written)
     return counts | {"rows_per_s": round(num_read / (time.perf_counter() - started))}
 
 
-def _load_and_merge(new: Input) -> tuple[list[PartReport], list[MergeReport]]:
-    """Parts to groups of buckets, then each group merged: two rounds of tasks, no shuffle."""
-    num_groups = min(new.target.num_buckets, _MAX_GROUPS)
-    edges = group_edges(new.target.num_buckets, num_groups)
-    load = ray.remote(load_events).options(num_returns=1 + num_groups)
-    loading = [load.remote(task, new.target, num_groups) for task in _tasks(new)]
-    reporting = [references[0] for references in loading]
+def _commit_events(
+    new: Input, loaded: Sequence[PartReport], merged: Sequence[MergeReport], written: Written
+) -> dict[str, int]:
+    """Commits what was merged, and returns what became of the rows that were read.
 
-    existing = files_by_bucket(new.table)
-    merge = ray.remote(merge_group)
-    merging = [
-        merge.remote(
-            {b: existing[b] for b in range(edges[group], edges[group + 1]) if b in existing},
-            new.target,
-            *(references[1 + group] for references in loading),
-        )
-        for group in range(num_groups if loading else 0)
+    Another run that was faster is made room for: what it has brought is left out here.
+    """
+    seen = files_by_bucket(new.table)
+    for _ in range(_MAX_ROUNDS):
+        parts = [part for report in merged for part in report.parts]
+        counts = _count_rows(loaded, merged)
+        # What a commit holds is never deleted, not even when it is not known whether it landed.
+        written.forget("events", parts)
+        try:
+            commit_parts(
+                new.table,
+                parts,
+                metadata={f"nextitem.{name}": str(count) for name, count in counts.items()},
+                transactions=[
+                    # Shared by all runs: of two at a time, which cannot see each other's events,
+                    # the slower one has to look again.
+                    ("ingest", new.target.started_us),
+                    *(file.transaction("events") for file in new.files),
+                ],
+            )
+            return counts
+        except ConflictError as error:
+            conflict = error
+        written.add("events", *parts)
+        new.table.update_incremental()
+        found = files_by_bucket(new.table)
+        merged = _drop_arrived(new, merged, _added(seen, found), written)
+        seen = found
+    raise conflict
+
+
+def _added(before: Files, after: Files) -> dict[int, list[str]]:
+    """Files of each bucket that were not there before."""
+    return {bucket: sorted(set(after[bucket]) - set(before.get(bucket, ()))) for bucket in after}
+
+
+def _drop_arrived(
+    new: Input, merged: Sequence[MergeReport], arrived: Files, written: Written
+) -> list[MergeReport]:
+    """What was merged without the events that stand in files which arrived since."""
+    parts = [part for report in merged for part in report.parts]
+    touched = [
+        (part, arrived[part.bucket])
+        for part in parts
+        if part.bucket is not None and arrived.get(part.bucket)
     ]
-    # The pieces of a group may go as soon as it is merged.
-    del loading
-    return _get(reporting), _get(merging)
+
+    def finish(reference: Any) -> MergeReport:
+        report: MergeReport = get(reference)
+        written.add("events", *report.parts)
+        return report
+
+    drop = ray.remote(drop_known)
+    dropping = (drop.remote(part, files, new.target) for part, files in touched)
+    dropped = finish_in_order(dropping, finish)
+
+    changing = {part.path for part, _ in touched}
+    kept = [part for part in parts if part.path not in changing]
+    after = [MergeReport(kept, sum(report.num_duplicates for report in merged)), *dropped]
+    staying = {part.path for report in after for part in report.parts}
+    written.delete("events", [part for part in parts if part.path not in staying])
+    return after
+
+
+def _count_rows(loaded: Sequence[PartReport], merged: Sequence[MergeReport]) -> dict[str, int]:
+    counts = {
+        "read": sum(report.num_read for report in loaded),
+        "committed": sum(part.num_rows for report in merged for part in report.parts),
+        "duplicate": sum(report.num_duplicates for report in merged),
+        "quarantined": sum(report.num_rejected for report in loaded),
+    }
+    assert counts["read"] == counts["committed"] + counts["duplicate"] + counts["quarantined"]
+    return counts
 
 
 def _ingest_attributes(given: Input) -> dict[str, Any]:
@@ -162,43 +193,82 @@ def _ingest_attributes(given: Input) -> dict[str, Any]:
         return {f"{kind}_upserted": 0}
 
     tasks = _tasks(given)
-    load = ray.remote(load_part).options(num_returns=2)
-    loading = [load.remote(task, given.target) for task in tasks]
-    reports: list[PartReport] = _get([report for report, _ in loading])
-    tables: list[pa.Table] = _get([rows for _, rows in loading])
-    _refuse_empty(given, sum(report.num_read for report in reports))
-    _commit_quarantine(given, reports)
+    with Written(given.target.lake_uri, given.target.options) as written:
+        reports, tables = _load_rows(tasks, given.target, written)
+        _refuse_empty(given, sum(report.num_read for report in reports))
+        _commit_quarantine(given, reports, written)
 
     # Sources in turn, for each may know other columns; the stamp says that all of them landed.
     by_source = groupby(zip(tasks, tables, strict=True), key=lambda pair: pair[0].source)
     rows = [pa.concat_tables(table for _, table in pairs) for _, pairs in by_source]
     for position, one in enumerate(rows, start=1):
-        metadata = {_SOURCES: stamp} if position == len(rows) else {}
-        upsert(given.table, one, given.key, metadata=metadata)
+        _upsert(given, one, {_SOURCES: stamp} if position == len(rows) else {})
     figures = {f"{kind}_upserted": sum(table.num_rows for table in tables)}
     num_rejected = sum(report.num_rejected for report in reports)
     return figures | ({f"{kind}_quarantined": num_rejected} if num_rejected else {})
 
 
-def _commit_quarantine(given: Input, reports: Sequence[PartReport]) -> None:
-    parts = [report.quarantine for report in reports if report.quarantine is not None]
-    if parts:
-        transactions = [file.transaction(given.kind) for file in given.files]
-        commit_parts(given.quarantine, parts, transactions=transactions)
+def _load_rows(
+    tasks: Sequence[PartTask], target: Target, written: Written
+) -> tuple[list[PartReport], list[pa.Table]]:
+    def finish(reference: Any) -> tuple[list[PartReport], pa.Table]:
+        reports, rows = get(reference)
+        written.add("quarantine", *(report.quarantine for report in reports))
+        return reports, rows
+
+    load = ray.remote(load_rows)
+    loaded = finish_in_order((load.remote(task, target) for task in tasks), finish)
+    return [report for reports, _ in loaded for report in reports], [rows for _, rows in loaded]
+
+
+def _upsert(given: Input, rows: pa.Table, metadata: dict[str, str]) -> None:
+    for _ in range(_MAX_ROUNDS):
+        try:
+            upsert(given.table, rows, given.key, metadata=metadata)
+            return
+        except ConflictError as error:
+            conflict = error
+        given.table.update_incremental()
+    raise conflict
+
+
+def _commit_quarantine(given: Input, reports: Sequence[PartReport], written: Written) -> None:
+    """Commits the bad rows of each file unless another run, at the same time, has done so."""
+    files = list(given.files)
+    for _ in range(_MAX_ROUNDS):
+        staying = {file.digest for file in files}
+        found = [(report.digest, report.quarantine) for report in reports if report.quarantine]
+        parts = [part for digest, part in found if digest in staying]
+        written.delete("quarantine", [part for digest, part in found if digest not in staying])
+        if not parts:
+            return
+        written.forget("quarantine", parts)
+        try:
+            transactions = [file.transaction(given.kind) for file in files]
+            commit_parts(given.quarantine, parts, transactions=transactions)
+            return
+        except ConflictError as error:
+            conflict = error
+        written.add("quarantine", *parts)
+        was_known = {file.digest for file in files if _is_quarantined(given, file)}
+        given.quarantine.update_incremental()
+        files = [
+            file for file in files if file.digest in was_known or not _is_quarantined(given, file)
+        ]
+    raise conflict
+
+
+def _is_quarantined(given: Input, file: SourceFile) -> bool:
+    return has_transaction(given.quarantine, file.transaction(given.kind)[0])
 
 
 def _tasks(given: Input) -> list[PartTask]:
-    def is_quarantined(file: SourceFile) -> bool:
-        known = has_transaction(given.quarantine, file.transaction(given.kind)[0])
-        return known and not given.again
-
-    parts = [
-        (file.source, part, is_quarantined(file)) for file in given.files for part in file.parts
-    ]
-    return [
-        PartTask(source, part, index, is_known)
-        for index, (source, part, is_known) in enumerate(parts)
-    ]
+    tasks: list[PartTask] = []
+    for file in given.files:
+        is_known = _is_quarantined(given, file) and not given.again
+        for part in file.parts:
+            tasks.append(PartTask(file.source, part, len(tasks), file.digest, is_known))
+    return tasks
 
 
 def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
@@ -209,10 +279,9 @@ def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
     for source in getattr(config.ingest, kind):
         check_mapped(source, schema, required)
         found += [(source, path) for path in list_files(source, expand(source.path), options)]
-    looking = ray.remote(look_at)
-    files: list[SourceFile] = _get(
-        [looking.remote(source, path, options) for source, path in found]
-    )
+    look = ray.remote(look_at)
+    looking = (look.remote(source, path, options) for source, path in found)
+    files: list[SourceFile] = finish_in_order(looking, get)
     unique: dict[str, SourceFile] = {}
     for file in files:
         unique.setdefault(file.digest, file)
@@ -240,7 +309,7 @@ def _schema(config: PipelineConfig, kind: str) -> tuple[pa.Schema, tuple[str, ..
     if kind == "events":
         required = ("user_id", "item_id", "event_type", "timestamp")
         ours = {"ingested_at", "arrival", PARTITION}
-        events = events_schema(ingest.user_id, ingest.item_id)
+        events = events_schema(ingest.user_id, ingest.item_id, ingest.context)
         return pa.schema([field for field in events if field.name not in ours]), required
     if kind == "items":
         return items_schema(ingest.item_id), ("item_id",)
@@ -253,26 +322,17 @@ def _open_input(
 ) -> Input:
     """Opens the tables, and creates them at first."""
     ingest, storage = config.ingest, config.storage
+    events = events_schema(ingest.user_id, ingest.item_id, ingest.context)
     schema, key, num_buckets = {
-        "events": (events_schema(ingest.user_id, ingest.item_id), "event_id", ingest.num_buckets),
+        "events": (events, "event_id", ingest.num_buckets),
         "items": (items_schema(ingest.item_id), "item_id", None),
         "users": (users_schema(ingest.user_id), "user_id", ingest.num_buckets),
     }[kind]
     lake, options = storage.lake_uri, storage.options
     table = create_table(lake, kind, schema, options, num_buckets=num_buckets)
     quarantine = create_table(lake, "quarantine", quarantine_schema(), options)
-    target = Target(lake, options, schema, ingest.num_buckets, started_us)
+    target = Target(lake, options, pa.schema(table.schema()), ingest.num_buckets, started_us)
     return Input(kind, key, target, table, quarantine, files, ingest.again)
-
-
-def _get(references: list[Any]) -> Any:
-    """Results of tasks; what a task raised on purpose is raised here as it was."""
-    try:
-        return ray.get(references)
-    except RayTaskError as error:
-        if isinstance(error.cause, LakeError):
-            raise error.cause from None
-        raise
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ def read_all(config, path):
     """All rows of a file as lists of text or numbers, and its misfits."""
     rows, misfits = [], []
     for part in cut_file(config, str(path)):
-        raw = read_part(config, part)
-        assert raw.num_read == raw.columns.num_rows + len(raw.misfits)
-        rows += [list(row.values()) for row in raw.columns.to_pylist()]
-        misfits += raw.misfits
+        for raw in read_part(config, part):
+            assert raw.num_read == raw.columns.num_rows + len(raw.misfits)
+            rows += [list(row.values()) for row in raw.columns.to_pylist()]
+            misfits += raw.misfits
     return rows, misfits
 
 
@@ -58,9 +58,33 @@ def test_every_row_is_read_once_wherever_a_parquet_file_is_cut(tmp_path, monkeyp
 
 def test_rejected_rows_of_parquet_are_shown_with_columns_that_nobody_maps(tmp_path):
     pq.write_table(pa.table({"who": [1, 2], "what": [3, 4], "more": ["x", "y"]}), tmp_path / "a")
-    raw = read_part(source("parquet"), Part(str(tmp_path / "a"), 0, 1))
+    [raw] = read_part(source("parquet"), Part(str(tmp_path / "a"), 0, 1))
     assert raw.columns.column_names == ["who", "what"]
     assert [json.loads(text) for text in raw.show([1])] == [{"who": 2, "what": 4, "more": "y"}]
+
+
+@pytest.mark.parametrize("shown", [[0, 1, 2, 3], [0, 3], [1, 2], [3]])
+def test_rows_of_a_large_row_group_are_read_and_shown_batch_by_batch(tmp_path, monkeypatch, shown):
+    monkeypatch.setattr(readers, "_BATCH_ROWS", 3)
+    table = pa.table({"who": range(10), "what": range(10), "more": range(10)})
+    pq.write_table(table, tmp_path / "a", row_group_size=10)
+    batches = list(enumerate(read_part(source("parquet"), Part(str(tmp_path / "a"), 0, 1))))
+    assert [raw.num_read for _, raw in batches] == [3, 3, 3, 1]
+    for number, raw in batches:
+        if number in shown:
+            assert json.loads(raw.show([0])[0])["more"] == 3 * number
+
+
+@pytest.mark.parametrize("place", [10, 5000])
+def test_a_parquet_file_that_is_damaged_inside_is_an_error(tmp_path, place):
+    path = tmp_path / "a"
+    table = pa.table({"who": range(9999), "what": range(9999)})
+    pq.write_table(table, path, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[place : place + 9] = bytes(9)
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"(?s)a cannot be read \(.*\); deliver it again"):
+        list(read_part(source("parquet"), Part(str(path), 0, 1)))
 
 
 def test_csv_takes_quotes_crlf_a_byte_order_mark_and_other_delimiters(tmp_path):
@@ -133,7 +157,8 @@ def test_rejected_lines_of_json_are_shown_as_they_came(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"who":1}\n{ "who": 2, "more": [1] }\n')
     config = source("jsonl")
     (part,) = cut_file(config, str(tmp_path / "a.jsonl"))
-    assert read_part(config, part).show([1]) == ['{ "who": 2, "more": [1] }']
+    [raw] = read_part(config, part)
+    assert raw.show([1]) == ['{ "who": 2, "more": [1] }']
 
 
 def test_a_key_that_no_line_of_json_has_is_named(tmp_path):
@@ -185,7 +210,8 @@ def test_a_moment_that_python_does_not_know_can_be_shown(tmp_path):
     times = pa.array([10**18, 0], pa.timestamp("us"))
     pq.write_table(pa.table({"who": [1, 2], "what": [3, 4], "at": times}), tmp_path / "a.parquet")
     [part] = cut_file(source("parquet"), str(tmp_path / "a.parquet"))
-    far, epoch = map(json.loads, read_part(source("parquet"), part).show([0, 1]))
+    [raw] = read_part(source("parquet"), part)
+    far, epoch = map(json.loads, raw.show([0, 1]))
     assert far["at"] == "<value out of range: 1000000000000000000>"
     assert epoch["at"] == "1970-01-01 00:00:00.000000"
 

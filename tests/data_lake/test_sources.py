@@ -17,7 +17,7 @@ def source(kind="csv", **settings):
 
 
 def test_an_unknown_format_names_the_known_ones():
-    with pytest.raises(ValidationError, match="'parquet', 'csv', 'jsonl' or 'movielens'"):
+    with pytest.raises(ValidationError, match="'movielens' or 'delta'"):
         source("orc")
 
 
@@ -101,3 +101,30 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 def test_an_empty_file_has_no_parts(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"")
     assert cut_file(source(), str(tmp_path / "a.csv")) == []
+
+
+@pytest.mark.parametrize(
+    ("context", "reason"),
+    [
+        (["region", "region"], "region is there 2 times"),
+        (["Device"], "device is a column of our own"),
+        (["devices"], "devices is a column of our own"),
+        (["a b"], "'a b' is no column name; use letters, digits and _"),
+    ],
+)
+def test_context_columns_need_names_of_their_own(context, reason):
+    with pytest.raises(ValidationError, match=reason):
+        IngestConfig(events=[source()], context=context)
+
+
+def test_parts_say_how_much_they_weigh(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_lake.sources._PART_ROWS", 4)
+    monkeypatch.setattr("data_lake.sources._PART_BYTES", 8)
+    pq.write_table(pa.table({"who": range(9), "what": range(9)}), tmp_path / "a", row_group_size=2)
+    (tmp_path / "b").write_text("who,what\n1,2\n")
+    assert [part.weight for part in cut_file(source("parquet"), str(tmp_path / "a"))] == [
+        1,
+        1,
+        1 / 4,
+    ]
+    assert [part.weight for part in cut_file(source(), str(tmp_path / "b"))] == [1, 5 / 8]

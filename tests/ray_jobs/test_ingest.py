@@ -3,11 +3,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from data_lake.errors import ConflictError, SourceError
-from data_lake.tables import commit_parts, open_table, read_table
+from data_lake.tables import commit_parts, open_table, read_table, upsert
 from ray_jobs import generate, ingest
 from ray_jobs.config import PipelineConfig
 from ray_jobs.job import load_config
@@ -236,22 +237,122 @@ def test_late_events_and_rows_added_to_a_file_land_beside_what_is_there(shop, ra
     assert [row["item_id"] for row in rows] == ["i9", "i1", "i2"]
 
 
-@pytest.mark.ray
-def test_of_two_runs_at_a_time_one_asks_to_be_run_again(shop, ray_cluster, monkeypatch):
-    def commit_after_another_run(table, parts, **rest):
-        if table.table_uri.rstrip("/").endswith("events"):
-            monkeypatch.undo()
-            monkeypatch.setenv("SHOP", str(shop))
-            write_csv(shop / "events" / "1.csv", DAY_TWO)
-            ingest.run(pipeline())
+def before_the_commit(monkeypatch, name, act):
+    """Lets `act` happen once, right before the next commit of a table."""
+
+    def commit(table, parts, **rest):
+        if table.table_uri.rstrip("/").endswith(name) and acts:
+            acts.pop()()
         return commit_parts(table, parts, **rest)
 
+    acts = [act]
+    monkeypatch.setattr(ingest, "commit_parts", commit)
+
+
+def files_of_no_table(shop, name):
+    """Parquet files that lie in the folder of a table, but are not in its newest version."""
+    table = open_table(str(shop / "lake"), name)
+    lying = {str(path) for path in (shop / "lake" / name).rglob("*.parquet")}
+    return lying - {unquote(uri.removeprefix("file://")) for uri in table.file_uris()}
+
+
+@pytest.mark.ray
+def test_two_runs_at_a_time_both_land(shop, ray_cluster, monkeypatch):
+    reports = []
     write_csv(shop / "events" / "1.csv", DAY_ONE)
-    monkeypatch.setattr(ingest, "commit_parts", commit_after_another_run)
-    # Both have the purchase of u2, and neither sees that of the other.
+    other = EVENTS | {"path": "$SHOP/others"}
+    (shop / "others").mkdir()
+    write_csv(shop / "others" / "2.csv", DAY_TWO)
+    before_the_commit(
+        monkeypatch, "events", lambda: reports.append(ingest.run(pipeline(events=[other])))
+    )
+    reports.append(ingest.run(pipeline()))
+    # Both have the purchase of u2; the slower run takes its own back.
+    assert [counts(report) for report in reports] == [(3, 2, 0, 1), (3, 1, 2, 0)]
+    ids = [row["event_id"] for row in read(shop, "events")]
+    assert len(ids) == len(set(ids)) == 3
+    assert files_of_no_table(shop, "events") == set()
+    assert len(read(shop, "quarantine")) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["events", "quarantine"])
+def test_two_runs_with_the_same_file_take_each_row_once(shop, ray_cluster, monkeypatch, name):
+    reports = []
+    write_csv(shop / "events" / "2.csv", DAY_TWO)
+    before_the_commit(monkeypatch, name, lambda: reports.append(ingest.run(pipeline())))
+    reports.append(ingest.run(pipeline()))
+    assert [counts(report) for report in reports] == [(3, 2, 0, 1), (3, 0, 2, 1)]
+    assert len(read(shop, "events")) == 2
+    assert len(read(shop, "quarantine")) == 1
+    for table in ("events", "quarantine"):
+        assert files_of_no_table(shop, table) == set()
+    assert ingest.run(pipeline()).figures["files"] == 0
+
+
+@pytest.mark.ray
+def test_a_run_that_always_loses_gives_up_and_leaves_nothing(shop, ray_cluster, monkeypatch):
+    def lose(table, parts, **rest):
+        raise ConflictError("another job was faster; run this one again.")
+
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    monkeypatch.setattr(ingest, "commit_parts", lose)
     with pytest.raises(ConflictError, match="run this one again"):
         ingest.run(pipeline())
+    assert read(shop, "events") == []
+    assert files_of_no_table(shop, "events") == set()
+
+
+@pytest.mark.ray
+def test_a_commit_of_unknown_outcome_keeps_its_files(shop, ray_cluster, monkeypatch):
+    def commit_and_lose_the_answer(table, parts, **rest):
+        commit_parts(table, parts, **rest)
+        raise OSError("connection reset by peer")
+
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    monkeypatch.setattr(ingest, "commit_parts", commit_and_lose_the_answer)
+    with pytest.raises(OSError, match="connection reset"):
+        ingest.run(pipeline())
     assert len(read(shop, "events")) == 2
+
+
+@pytest.mark.ray
+def test_users_that_another_run_changes_meanwhile_are_updated_all_the_same(
+    shop, ray_cluster, monkeypatch
+):
+    def upsert_after_another_run(table, rows, key, **rest):
+        monkeypatch.setattr(ingest, "upsert", upsert)
+        write_csv(shop / "users.csv", ["u1,silver", "u3,new"], header="id,tier")
+        ingest.run(pipeline(users=[USERS]))
+        return upsert(table, rows, key, **rest)
+
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    write_csv(shop / "users.csv", ["u1,gold"], header="id,tier")
+    monkeypatch.setattr(ingest, "upsert", upsert_after_another_run)
+    ingest.run(pipeline(users=[USERS]))
+    segments = {row["user_id"]: row["segment"] for row in read(shop, "users")}
+    assert segments == {"u1": "gold", "u3": "new"}
+
+
+@pytest.mark.ray
+def test_a_new_context_column_is_null_in_earlier_events(shop, ray_cluster):
+    write_csv(shop / "events" / "1.csv", DAY_ONE)
+    ingest.run(pipeline())
+    before = set((shop / "lake" / "events").rglob("*.parquet"))
+    header, lines = f"{HEADER},region", [f"{line},north" for line in DAY_TWO]
+    write_csv(shop / "events" / "1.csv", lines, header=header)
+    mapped = EVENTS | {"columns": EVENTS["columns"] | {"region": "region"}}
+    report = ingest.run(pipeline(events=[mapped], context=["region"]))
+    assert report.figures["committed"] == 2  # what is said of the region makes another event
+    assert before < set((shop / "lake" / "events").rglob("*.parquet"))
+    regions = sorted((row["ingested_at"], row["region"]) for row in read(shop, "events"))
+    assert [region for _, region in regions] == [None, None, "north", "north"]
+
+    # A configuration that no longer names the column leaves it null.
+    write_csv(shop / "events" / "1.csv", ["u7,i3,view,1000000009"])
+    ingest.run(pipeline())
+    (last,) = (row for row in read(shop, "events") if row["user_id"] == "u7")
+    assert last["region"] is None
 
 
 @pytest.mark.ray
