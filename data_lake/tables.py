@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -29,6 +29,16 @@ from data_lake.storage import is_local, locate, open_file, write_file
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
+_RULES = {
+    "events": {
+        "price_is_not_negative": "price IS NULL OR price >= 0",
+        "quantity_is_not_negative": "quantity IS NULL OR quantity >= 0",
+        "user_bucket_is_not_negative": f"{PARTITION} >= 0",
+    }
+}
+"""Delta constraints that a table is created with: whoever writes by Delta's rules is held to them.
+`commit_parts` is not, for it never looks into the files."""
+_MAX_ATTEMPTS = 10
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -81,7 +91,11 @@ def create_table(
 ) -> DeltaTable:
     """Creates a table unless it exists; `num_buckets` makes it partitioned by user_bucket.
 
-    Raises: TableError when it exists with other columns or another number of buckets.
+    A table that exists gets the columns of `schema` that it lacks, null in the rows that it has; no
+    file is written anew, and columns beyond `schema` stay. Several processes may do so at a time.
+
+    Raises: TableError when it exists with other ids or another number of buckets, or when a column
+        that it lacks may not be null.
     """
     uri = table_uri(lake_uri, name)
     if "://" not in uri and re.search("%[0-9A-Fa-f]{2}", uri):
@@ -90,15 +104,9 @@ def create_table(
     if is_local(uri):
         filesystem, path = locate(uri)
         filesystem.create_dir(path, recursive=True)
-    table = DeltaTable.create(
-        uri,
-        schema=schema,
-        mode="ignore",
-        partition_by=[PARTITION] if num_buckets else None,
-        description=json.dumps({_NUM_BUCKETS: num_buckets}),
-        storage_options=dict(options or {}),
-    )
+    table = _create_or_open(uri, name, schema, options, num_buckets)
     _check_same(table, name, schema, num_buckets)
+    _add_columns(table, schema)
     return table
 
 
@@ -324,6 +332,53 @@ def _remove_action(file: Mapping[str, Any], now_ms: int) -> RemoveAction:
     return RemoveAction(unquote(file["path"]), True, now_ms, file["size_bytes"], values)
 
 
+def _create_or_open(
+    uri: str,
+    name: str,
+    schema: pa.Schema,
+    options: Mapping[str, str] | None,
+    num_buckets: int | None,
+) -> DeltaTable:
+    storage_options, rules = dict(options or {}), _RULES.get(name, {})
+    configuration = {f"delta.constraints.{rule}": sql for rule, sql in rules.items()}
+    if rules:
+        configuration["delta.minWriterVersion"] = "3"  # the first that knows such rules
+    try:
+        return DeltaTable.create(
+            uri,
+            schema=schema,
+            mode="ignore",
+            partition_by=[PARTITION] if num_buckets else None,
+            description=json.dumps({_NUM_BUCKETS: num_buckets}),
+            configuration=configuration,
+            storage_options=storage_options,
+            raise_if_key_not_exists=False,  # rules are keys of our own naming
+        )
+    except CommitFailedError:
+        # Another process created it in the same moment.
+        return DeltaTable(uri, storage_options=storage_options)
+
+
+def _add_columns(table: DeltaTable, schema: pa.Schema) -> None:
+    """Adds what the table lacks of a schema, in one commit without files."""
+    for attempt in range(_MAX_ATTEMPTS):
+        missing = _missing_fields(table, schema)
+        if not missing:
+            return
+        try:
+            table.alter.add_columns(list(Schema.from_arrow(pa.schema(missing)).fields))
+        except CommitFailedError as error:
+            # Another process may have added the same ones.
+            if attempt == _MAX_ATTEMPTS - 1:
+                raise _conflict(table, error) from error
+        table.update_incremental()
+
+
+def _missing_fields(table: DeltaTable, schema: pa.Schema) -> list[pa.Field]:
+    existing = {field.name for field in table.schema().fields}
+    return [field for field in schema if field.name not in existing]
+
+
 def _conflict(table: DeltaTable, error: CommitFailedError) -> ConflictError:
     return ConflictError(
         f"Another job changed {table.table_uri} at the same time ({error}); run this one again."
@@ -348,7 +403,7 @@ def _last_of_each(rows: pa.Table, key: str) -> pa.Table:
 
 def _check_same(table: DeltaTable, name: str, schema: pa.Schema, num_buckets: int | None) -> None:
     existing = pa.schema(table.schema())
-    missing = [column for column in schema.names if column not in existing.names]
+    missing = [field.name for field in _missing_fields(table, schema) if not field.nullable]
     if missing:
         raise TableError(
             f"The table {name!r} has no column {', '.join(missing)}; use a new storage.root."
