@@ -10,10 +10,10 @@ from datetime import UTC, date, datetime
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_lake.schemas import TIMESTAMP, items_schema
+from data_lake.synthetic_draws import Floats, Ints, Rows, normalise, running_sums, search_from
 
 SEGMENTS = ("bargain", "regular", "premium")
 DEVICES = ("mobile", "desktop", "tablet", "app")
@@ -28,6 +28,7 @@ _GROUP_SIZE = 4
 _GROUP_WEIGHTS = np.array([[0.65, 0.25, 0.10], [0.15, 0.70, 0.15], [0.10, 0.20, 0.70]])
 _GROUP_DECAY = 0.6
 _PRICE_TASTE = np.array([-0.7, 0.0, 0.7])
+_ITEMS_AT_ONCE = 20_000  # successors are drawn for: the tables in between stay in the cache
 # fmt: off
 _NOUNS = (
     "running-shoes", "coffee", "headphones", "backpacks", "novels", "tea", "kettles",
@@ -37,9 +38,6 @@ _NOUNS = (
     "speakers",
 )
 # fmt: on
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class ShopConfig(BaseModel):
@@ -80,7 +78,7 @@ class ShopConfig(BaseModel):
     """Additional rows that cannot be taken; they come on top of the clean events."""
 
     oracle_users: int = Field(default=5_000, ge=0)
-    """Users on whom the best reachable hit rate is computed; costs users x items, 0 skips it."""
+    """Users on whom the best reachable hit rate is computed, some of each part; 0 skips it."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ShopConfig":
@@ -141,11 +139,15 @@ class Shop:
     """Weight of each item for each segment; sums to 1 within a category."""
     popularity_sums: Floats
     """Running sums of the weights, segment after segment, from 0: shape `[S * I + 1]`."""
-    successors_IF: Ints
+    by_popularity_SI: Rows
+    """The items of each category, the most popular for the segment first."""
+    successors_IF: Rows
     follow_SF: Floats
     """Probability of each successor's place, by segment."""
+    follow_sums_SF: Floats
     categories_XC: Floats
     """P(category | context); the row is `context_row(segment, block, device)`."""
+    category_sums_XC: Floats
     follow_by_stage: Floats
     same_by_stage: Floats
     advance_by_stage: Floats
@@ -159,16 +161,17 @@ class Shop:
     def num_categories(self) -> int:
         return len(self.catalogue.category_starts) - 1
 
+    @property
+    def largest_category(self) -> int:
+        """Items of the category that has most."""
+        return int(np.diff(self.catalogue.category_starts).max())
+
     def first_unborn(self, category: Ints, time_us: Ints) -> Ints:
         """The row after the last item of the category that exists at that time."""
         since = np.clip(time_us - self.config.start_us, 0, _horizon_us(self.config) - 1)
         keys = category * _horizon_us(self.config) + since
-        return np.searchsorted(self.creation_keys, keys, side="right")
-
-
-def normalise(table: Floats) -> Floats:
-    """The same table with rows that sum to 1."""
-    return np.asarray(table / table.sum(axis=1, keepdims=True), np.float64)
+        first = self.catalogue.category_starts[category]
+        return search_from(self.creation_keys, first, keys, self.largest_category)
 
 
 def context_row(segment: Ints, block: Ints, device: Ints) -> Ints:
@@ -181,7 +184,10 @@ def build_shop(config: ShopConfig, seed: int) -> Shop:
     rng = np.random.default_rng([seed, 0])
     catalogue = _build_catalogue(config, rng)
     popularity_SI = _popularity_by_segment(catalogue)
+    successors_IF = _draw_successors(catalogue, config, rng)
+    categories_XC = _draw_category_tables(config, rng)
     weights = _GROUP_DECAY ** np.arange(_GROUP_SIZE)
+    follow_SF = np.kron(_GROUP_WEIGHTS, weights / weights.sum())
     horizon = _horizon_us(config)
     return Shop(
         config=config,
@@ -191,9 +197,12 @@ def build_shop(config: ShopConfig, seed: int) -> Shop:
         + np.maximum(catalogue.created_us - config.start_us, 0),
         popularity_SI=popularity_SI,
         popularity_sums=np.concatenate([[0.0], np.cumsum(popularity_SI)]),
-        successors_IF=_draw_successors(catalogue, config, rng),
-        follow_SF=np.kron(_GROUP_WEIGHTS, weights / weights.sum()),
-        categories_XC=_draw_category_tables(config, rng),
+        by_popularity_SI=_order_by_popularity(catalogue, popularity_SI),
+        successors_IF=successors_IF,
+        follow_SF=follow_SF,
+        follow_sums_SF=running_sums(follow_SF),
+        categories_XC=categories_XC,
+        category_sums_XC=running_sums(categories_XC),
         follow_by_stage=config.p_follow + (1 - config.p_follow) * np.array([0.0, 0.2, 0.5]),
         same_by_stage=config.p_same * np.array([1.0, 0.7, 0.2]),
         advance_by_stage=np.array([[0.14, 0.18, 0.26], [0.35, 0.45, 0.55], [0.0, 0.0, 0.0]]),
@@ -281,20 +290,31 @@ def _popularity_by_segment(items: Catalogue) -> Floats:
     return weights / totals[:, items.category]
 
 
-def _draw_successors(items: Catalogue, config: ShopConfig, rng: np.random.Generator) -> Ints:
-    num_items, num_categories = config.num_items, config.num_categories
+def _order_by_popularity(items: Catalogue, popularity_SI: Floats) -> Rows:
+    order = np.empty(popularity_SI.shape, np.int32)
+    for segment, popularity in enumerate(popularity_SI):
+        order[segment] = np.lexsort((-popularity, items.category))
+    return order
+
+
+def _draw_successors(items: Catalogue, config: ShopConfig, rng: np.random.Generator) -> Rows:
+    num_categories = config.num_categories
     complements = rng.integers(0, num_categories, (num_categories, 2))
-    group = np.column_stack([np.arange(num_categories), complements])[items.category]
-    wanted = np.repeat(group, _GROUP_SIZE, axis=1)
+    groups = np.column_stack([np.arange(num_categories), complements])
     # Less top-heavy than the shop's traffic, or successors would just be bestsellers.
     sums = np.concatenate([[0.0], np.cumsum(np.sqrt(items.popularity))])
-    first, last = items.category_starts[wanted], items.category_starts[wanted + 1]
-    uniform = rng.random(wanted.shape)
-    drawn = np.searchsorted(sums, sums[first] + uniform * (sums[last] - sums[first]), side="right")
-    drawn = np.clip(drawn - 1, first, last - 1)
-    itself = drawn == np.arange(num_items)[:, None]
-    neighbour = np.where(drawn + 1 < last, drawn + 1, first)
-    return np.asarray(np.where(itself, neighbour, drawn), np.int64)
+    largest = int(np.diff(items.category_starts).max())
+    successors_IF = np.empty((config.num_items, groups.shape[1] * _GROUP_SIZE), np.int32)
+    for start in range(0, config.num_items, _ITEMS_AT_ONCE):
+        rows = np.arange(start, min(start + _ITEMS_AT_ONCE, config.num_items))
+        wanted = np.repeat(groups[items.category[rows]], _GROUP_SIZE, axis=1)
+        first, last = items.category_starts[wanted], items.category_starts[wanted + 1]
+        goal = sums[first] + rng.random(wanted.shape) * (sums[last] - sums[first])
+        drawn = np.clip(search_from(sums, first, goal, largest) - 1, first, last - 1)
+        itself = drawn == rows[:, None]
+        neighbour = np.where(drawn + 1 < last, drawn + 1, first)
+        successors_IF[rows] = np.where(itself, neighbour, drawn)
+    return successors_IF
 
 
 def _draw_category_tables(config: ShopConfig, rng: np.random.Generator) -> Floats:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_lake.synthetic import Floats, Ints, Shop
-from data_lake.synthetic_visits import Moments, Visitors, choose, draw_moments, draw_visitors
+from data_lake.synthetic import Shop
+from data_lake.synthetic_draws import Floats, Ints, choose, search_from
+from data_lake.synthetic_visits import Moments, Visitors, draw_moments, draw_visitors
 
 EVENT_TYPES = ("view", "add_to_cart", "purchase")
 RESUME_WEIGHTS = np.array([0.4, 0.3, 0.2, 0.1])
@@ -88,13 +89,13 @@ def draw_next_items(shop: Shop, state: State, rng: np.random.Generator) -> Ints:
 def _draw_successor(shop: Shop, state: State, rows: Ints, rng: np.random.Generator) -> Ints:
     back = np.searchsorted(np.cumsum(RESUME_WEIGHTS)[:-1], rng.random(len(rows)), side="right")
     back = np.where(state.starts_session[rows], np.minimum(back, state.num_recent[rows] - 1), 0)
-    place = choose(shop.follow_SF, state.segment[rows], rng.random(len(rows)))
-    return shop.successors_IF[state.recent[back, rows], place]
+    place = choose(shop.follow_sums_SF, state.segment[rows], rng.random(len(rows)))
+    return shop.successors_IF[state.recent[back, rows], place].astype(np.int64)
 
 
 def _draw_categories(shop: Shop, state: State, rows: Ints, rng: np.random.Generator) -> Ints:
     context = state.context[rows]
-    category = choose(shop.categories_XC, context, rng.random(len(rows)))
+    category = choose(shop.category_sums_XC, context, rng.random(len(rows)))
     own = np.flatnonzero(rng.random(len(rows)) < shop.config.p_taste)
     favourites = state.favourites[rows[own]]
     weights = state.taste[rows[own]] * shop.categories_XC[context[own, None], favourites]
@@ -111,7 +112,8 @@ def _draw_popular(
     first = base + shop.catalogue.category_starts[category]
     last = base + shop.first_unborn(category, time_us)
     low, high = shop.popularity_sums[first], shop.popularity_sums[last]
-    drawn = np.searchsorted(shop.popularity_sums, low + uniform * (high - low), side="right") - 1
+    goal = low + uniform * (high - low)
+    drawn = search_from(shop.popularity_sums, first, goal, shop.largest_category + 1) - 1
     return np.asarray(np.clip(drawn, first, last - 1) - base, np.int64)
 
 

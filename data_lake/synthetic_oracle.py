@@ -8,12 +8,12 @@ model can only estimate: latent taste, the successors, and whether a session beg
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_lake.synthetic import Floats, Ints, Shop
+from data_lake.synthetic import Shop
+from data_lake.synthetic_draws import Floats, Ints
 from data_lake.synthetic_events import RESUME_WEIGHTS, State, Trajectories
 
-_CELLS = 4_000_000  # of a block of probabilities, users x items
+_CELLS = 1_000_000  # of a block of densities, users x categories
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,32 @@ class BestReachable:
     num_users: int
 
 
+@dataclass(frozen=True)
+class Law:
+    """P(next item) for N users, without an array of users x items."""
+
+    segment: Ints
+    time_us: Ints
+    density: Floats
+    """What an existing item of the category gets for each unit of its popularity, `[N, C]`."""
+    successors: Ints
+    """Items that get more than that, `[N, 4 F]`; one may be there several times."""
+    chance: Floats
+    """How much more, `[N, 4 F]`."""
+
+    def scores(self, shop: Shop, row: int, items: Ints, *, by_taste: bool = False) -> Floats:
+        """Probability of each item for one user; `by_taste` leaves out that it may follow."""
+        catalogue = shop.catalogue
+        taste = self.density[row, catalogue.category[items]]
+        taste = taste * shop.popularity_SI[self.segment[row], items]
+        taste = taste * (catalogue.created_us[items] <= self.time_us[row])
+        if by_taste:
+            return np.asarray(taste, np.float64)
+        chance = self.chance[row] * (self.successors[row] == items[:, None])
+        # Summed in turn: the same chances give the same float, wherever they stand.
+        return np.asarray(np.cumsum(chance, axis=1)[:, -1] + taste, np.float64)
+
+
 def leave_one_out(trajectories: Trajectories, *, min_positions: int, max_users: int) -> Task:
     """The last position of the first `max_users` users that have at least `min_positions`."""
     moments, item = trajectories.moments, trajectories.item
@@ -92,8 +118,11 @@ def leave_one_out(trajectories: Trajectories, *, min_positions: int, max_users: 
 
 
 def oracle_ranks(shop: Shop, task: Task) -> Ints:
-    """Rank of each target, from 1, among the items not seen; a seen target ranks last. `[N]`."""
-    block = max(1, _CELLS // shop.num_items)
+    """Rank of each target, from 1, among the items not seen; a seen target ranks last. `[N]`.
+
+    Exact without a score for every item: a search per category, not a pass over the catalogue.
+    """
+    block = max(1, _CELLS // shop.num_categories)
     edges = range(0, len(task.target), block)
     ranks = [_rank_block(shop, task.slice(start, start + block)) for start in edges]
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
@@ -112,36 +141,72 @@ def best_reachable(shop: Shop, ranks: Ints) -> BestReachable:
     )
 
 
-def next_item_probabilities(shop: Shop, state: State) -> Floats:
-    """P(next item | everything the law looks at), `[N, I]`: what `draw_next_items` draws from."""
-    num_rows, rows = len(state.segment), np.arange(len(state.segment))
-    starts = state.starts_session
+def _read_law(shop: Shop, state: State) -> Law:
+    """The law of the next item for each row of the state."""
+    rows, starts = np.arange(len(state.segment)), state.starts_session
     p_follow = np.where(
         starts, shop.config.p_resume * (state.num_recent > 0), shop.follow_by_stage[state.stage]
     )
     p_same = np.where(starts, 0.0, shop.same_by_stage[state.stage])
+    chance = (p_follow * _anchor_weights(state))[:, :, None] * shop.follow_SF[state.segment]
+    successors = shop.successors_IF[state.recent].astype(np.int64)
+    exists = shop.catalogue.created_us[successors] <= state.time_us[:, None]
 
     mass = (1 - p_follow - p_same)[:, None] * _fresh_categories(shop, state)
     mass[rows, shop.catalogue.category[state.recent[0]]] += p_same
-    follow = np.zeros((num_rows, shop.num_items))
-    for age, weight in enumerate(_anchor_weights(state)):
-        successors = shop.successors_IF[state.recent[age]]
-        chance = (p_follow * weight)[:, None] * shop.follow_SF[state.segment]
-        exists = shop.catalogue.created_us[successors] <= state.time_us[:, None]
-        np.add.at(follow, (rows[:, None], successors), chance * exists)
-        np.add.at(mass, (rows[:, None], shop.catalogue.category[successors]), chance * ~exists)
-    return follow + _spread(shop, state, mass)
+    # What would have gone to a successor that is not on sale yet goes to its category.
+    np.add.at(mass, (rows[:, None], shop.catalogue.category[successors]), chance * ~exists)
+    return Law(
+        state.segment,
+        state.time_us,
+        _densities(shop, state, mass),
+        np.concatenate(list(successors), axis=1),
+        np.concatenate(list(chance * exists), axis=1),
+    )
 
 
 def _rank_block(shop: Shop, task: Task) -> Ints:
-    rows = np.arange(len(task.target))
-    scores = next_item_probabilities(shop, task.state)
-    whose = np.repeat(rows, np.diff(task.seen_offsets))
-    scores[whose, task.seen] = -1.0
-    goal = scores[rows, task.target]
-    # Ties count against the law, as they do against a model; the target itself is one of them.
-    ranks = (scores >= goal[:, None]).sum(axis=1)
-    return np.where(goal < 0, shop.num_items, ranks)
+    law, offsets = _read_law(shop, task.state), task.seen_offsets
+    ranks = [
+        _rank(shop, law, row, int(target), np.unique(task.seen[offsets[row] : offsets[row + 1]]))
+        for row, target in enumerate(task.target)
+    ]
+    return np.array(ranks, np.int64)
+
+
+def _rank(shop: Shop, law: Law, row: int, target: int, seen: Ints) -> int:
+    """Ties count against the law, as they do against a model; the target itself is one of them."""
+    if target in seen:
+        return shop.num_items
+    goal = law.scores(shop, row, np.array([target]))[0]
+    if goal == 0:
+        return shop.num_items - len(seen)  # every item ties
+
+    # Nearly all scores are those of the category's taste alone; the few others are set right.
+    followed = np.setdiff1d(law.successors[row], seen)
+    num_above = _count_above(shop, law, row, goal)
+    num_above -= int((law.scores(shop, row, seen, by_taste=True) >= goal).sum())
+    num_above -= int((law.scores(shop, row, followed, by_taste=True) >= goal).sum())
+    return num_above + int((law.scores(shop, row, followed) >= goal).sum())
+
+
+def _count_above(shop: Shop, law: Law, row: int, goal: float) -> int:
+    """Existing items whose category's taste alone lifts them to the goal or above."""
+    segment, starts = law.segment[row], shop.catalogue.category_starts
+    order, popularity = shop.by_popularity_SI[segment], shop.popularity_SI[segment]
+    # The most popular item of each category tells which ones reach the goal at all.
+    density = law.density[row]
+    reaching = np.flatnonzero(density * popularity[order[starts[:-1]]] >= goal)
+    first, density = starts[reaching], density[reaching]
+    sizes = starts[reaching + 1] - first
+    counts = np.zeros(len(reaching), np.int64)
+    for power in reversed(range(shop.largest_category.bit_length())):
+        more = np.minimum(counts + (1 << power), sizes)
+        counts = np.where(density * popularity[order[first + more - 1]] >= goal, more, counts)
+
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    above = order[np.repeat(first, counts) + within]
+    return int((shop.catalogue.created_us[above] <= law.time_us[row]).sum())
 
 
 def _anchor_weights(state: State) -> Floats:
@@ -166,13 +231,11 @@ def _fresh_categories(shop: Shop, state: State) -> Floats:
     return table
 
 
-def _spread(shop: Shop, state: State, mass: Floats) -> Floats:
-    """Spreads the mass of each category over its existing items by their popularity, `[N, I]`."""
-    items = shop.catalogue
+def _densities(shop: Shop, state: State, mass: Floats) -> Floats:
+    """The mass of each category by weight of the items that exist, `[N, C]`."""
+    starts = shop.catalogue.category_starts[:-1]
     base = state.segment[:, None] * shop.num_items
     categories = np.broadcast_to(np.arange(shop.num_categories), mass.shape)
     last = shop.first_unborn(categories, np.broadcast_to(state.time_us[:, None], mass.shape))
-    low = shop.popularity_sums[base + items.category_starts[:-1]]
-    density = mass / (shop.popularity_sums[base + last] - low)
-    exists: NDArray[np.bool_] = items.created_us <= state.time_us[:, None]
-    return np.asarray(density[:, items.category] * shop.popularity_SI[state.segment] * exists)
+    weight = shop.popularity_sums[base + last] - shop.popularity_sums[base + starts]
+    return np.asarray(mass / weight, np.float64)

@@ -16,12 +16,10 @@ from data_lake.synthetic import (
     FIRST_USER_ID,
     NUM_BLOCKS,
     SEGMENTS,
-    Floats,
-    Ints,
     ShopConfig,
     context_row,
-    normalise,
 )
+from data_lake.synthetic_draws import Floats, Ints, choose, normalise, running_sums
 
 NUM_FAVOURITES = 3
 SESSION_BREAK_S = 31 * 60
@@ -111,7 +109,7 @@ def draw_moments(config: ShopConfig, visitors: Visitors, rng: np.random.Generato
 
     time_us = start[session] + within
     segment = visitors.segment[user]
-    device = choose(_device_table(), segment * NUM_BLOCKS + _block(start), rng.random(len(user)))
+    device = choose(_device_sums(), segment * NUM_BLOCKS + _block(start), rng.random(len(user)))
     return Moments(
         offsets=np.searchsorted(user[session], np.arange(num_users + 1)),
         time_us=time_us,
@@ -134,7 +132,7 @@ def _plan_sessions(
 
     hours = np.arange(24)
     habit = np.stack([0.08 + np.exp(-(((hours - peak) / 3.5) ** 2)) for peak in (20, 18, 13)])
-    hour = choose(normalise(habit), visitors.segment[user], rng.random(len(user)))
+    hour = choose(running_sums(normalise(habit)), visitors.segment[user], rng.random(len(user)))
     within = rng.integers(0, 3600, len(user))
     planned = np.minimum(day, config.days - 1) * _DAY_S + hour * 3600 + within
     lane = user * config.days * _DAY_S
@@ -155,15 +153,6 @@ def _block(time_us: Ints) -> Ints:
     return (time_us % DAY_US) // (DAY_US // NUM_BLOCKS)
 
 
-def _device_table() -> Floats:
+def _device_sums() -> Floats:
     table = _DEVICES_BY_SEGMENT[:, None, :] * _DEVICES_BY_BLOCK[None]
-    return normalise(table.reshape(-1, len(DEVICES)))
-
-
-def choose(table: Floats, row: Ints, uniform: Floats) -> Ints:
-    """A column for each row index, by inversion: one search in the rows' sums laid end to end."""
-    num_rows, width = table.shape
-    sums = np.cumsum(table, axis=1)
-    sums = (sums / sums[:, -1:] + np.arange(num_rows)[:, None]).ravel()
-    drawn = np.searchsorted(sums, row + uniform, side="right") - row * width
-    return np.asarray(np.minimum(drawn, width - 1), np.int64)
+    return running_sums(normalise(table.reshape(-1, len(DEVICES))))

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from pyarrow.fs import FileType
 
+from data_lake.parquet import encode_parquet
 from data_lake.storage import Options, locate, write_file
-from data_lake.synthetic import Ints, Shop, build_shop, items_table
+from data_lake.synthetic import Shop, build_shop, items_table
+from data_lake.synthetic_draws import Ints
 from data_lake.synthetic_events import Trajectories, generate_part
 from data_lake.synthetic_oracle import best_reachable, leave_one_out, oracle_ranks
 from data_lake.synthetic_rows import clean_rows, dump_lines, soil_rows
@@ -44,9 +45,9 @@ def run(config: PipelineConfig) -> Report:
 
     start = time.perf_counter()
     _write_text(uri, _STAMP, json.dumps(stamp), options)
-    shop = build_shop(config.generate, config.seed)
+    shared = ray.put(build_shop(config.generate, config.seed))
+    shop = ray.get(shared)  # the store's copy, which every task maps; not a second one
     _write_table(uri, "items.parquet", items_table(shop), options)
-    shared = ray.put(shop)
     write_part = ray.remote(_write_part)
     parts = range(config.generate.num_parts)
     figures = _figures(
@@ -124,9 +125,7 @@ def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _write_table(uri: str, name: str, table: pa.Table, options: Options) -> None:
-    written = pa.BufferOutputStream()
-    pq.write_table(table, written, compression="zstd")
-    write_file(f"{uri}/{name}", written.getvalue(), options)
+    write_file(f"{uri}/{name}", encode_parquet(table), options)
 
 
 def _write_text(uri: str, name: str, text: str, options: Options) -> None:

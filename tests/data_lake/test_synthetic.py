@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -7,14 +9,9 @@ from pydantic import ValidationError
 from data_lake.schemas import TIMESTAMP
 from data_lake.sequences import SequencesConfig, build_sequences
 from data_lake.synthetic import DAY_US, DEVICES, ShopConfig, build_shop, items_table
+from data_lake.synthetic_draws import choose, running_sums, search_from
 from data_lake.synthetic_events import EVENT_TYPES, State, draw_next_items, generate_part
-from data_lake.synthetic_oracle import (
-    Task,
-    best_reachable,
-    leave_one_out,
-    next_item_probabilities,
-    oracle_ranks,
-)
+from data_lake.synthetic_oracle import Task, best_reachable, leave_one_out, oracle_ranks
 from data_lake.synthetic_rows import clean_rows, soil_rows
 from data_lake.synthetic_visits import users_table
 
@@ -45,6 +42,69 @@ def some_state(shop, num_rows, *, starts_session, stage=0):
         context=np.full(num_rows, 6),
         time_us=np.full(num_rows, middle),
     )
+
+
+def next_item_probabilities(shop, state):
+    """P(next item | everything the law looks at), `[N, I]`: a loop over users and over items."""
+    return np.array([_probabilities_of(shop, state, row) for row in range(len(state.segment))])
+
+
+def _probabilities_of(shop, state, row):
+    segment, starts = state.segment[row], state.starts_session[row]
+    p_follow = shop.follow_by_stage[state.stage[row]]
+    p_same = shop.same_by_stage[state.stage[row]]
+    if starts:
+        p_follow, p_same = shop.config.p_resume * (state.num_recent[row] > 0), 0.0
+    category_of = shop.catalogue.category
+    exists = shop.catalogue.created_us <= state.time_us[row]
+
+    anyone = shop.categories_XC[state.context[row]]
+    own = state.taste[row] * anyone[state.favourites[row]]
+    taste = (1 - shop.config.p_taste) * anyone
+    np.add.at(taste, state.favourites[row], shop.config.p_taste * own / own.sum())
+    mass = (1 - p_follow - p_same) * taste
+    mass[category_of[state.recent[0, row]]] += p_same
+
+    weights = np.zeros(4)
+    for age, weight in enumerate((0.4, 0.3, 0.2, 0.1)):
+        weights[min(age, max(state.num_recent[row] - 1, 0)) if starts else 0] += weight
+    follow = np.zeros(shop.num_items)
+    for age, weight in enumerate(weights):
+        for place, item in enumerate(shop.successors_IF[state.recent[age, row]]):
+            chance = p_follow * weight * shop.follow_SF[segment, place]
+            if exists[item]:
+                follow[item] += chance
+            else:
+                mass[category_of[item]] += chance
+
+    popularity = shop.popularity_SI[segment] * exists
+    return follow + (mass / np.bincount(category_of, popularity))[category_of] * popularity
+
+
+def rank_all(scores, task):
+    """Ranks `[N]` from the score of every item."""
+    ranks = []
+    for row, target in enumerate(task.target):
+        seen = task.seen[task.seen_offsets[row] : task.seen_offsets[row + 1]]
+        rivals = np.delete(scores[row], seen)
+        above = int((rivals >= scores[row, target]).sum())
+        ranks.append(len(scores[row]) if target in seen else above)
+    return ranks
+
+
+def test_a_search_from_a_start_finds_what_a_search_of_everything_finds():
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.integers(0, 50, 200))
+    goal = rng.integers(-1, 51, 500)
+    everywhere = np.searchsorted(values, goal, side="right")
+    first = np.maximum(everywhere - rng.integers(0, 8, 500), 0)
+    assert np.array_equal(search_from(values, first, goal, 7), everywhere)
+
+
+def test_a_choice_falls_where_the_running_sum_passes_the_uniform_number():
+    sums = running_sums(np.array([[1.0, 3.0, 0.0], [0.0, 0.0, 2.0]]))
+    drawn = choose(sums, np.array([0, 0, 0, 1, 1]), np.array([0.0, 0.25, 0.99, 0.0, 0.99]))
+    assert drawn.tolist() == [0, 1, 1, 2, 2]
 
 
 def test_same_seed_gives_the_same_part_whatever_was_made_before(shop, walk):
@@ -150,6 +210,30 @@ def test_oracle_never_hits_a_target_that_was_seen(shop):
     state = some_state(shop, 1, starts_session=False)
     task = Task(state, np.array([7]), np.array([0, 1]), np.array([7]))
     assert oracle_ranks(shop, task).tolist() == [60]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "habits",
+    [
+        {},
+        {"popularity_exponent": 0.0},  # items that nothing but price tells apart: ties
+        {"new_item_share": 0.9, "num_categories": 2},  # most targets have unborn rivals
+        {"p_resume": 1.0, "p_follow": 1.0, "p_same": 0.0},  # most items cannot come next
+    ],
+)
+def test_ranks_are_those_of_a_score_for_every_item(habits, seed):
+    shop = build_shop(SMALL.model_copy(update=habits), seed)
+    task = leave_one_out(generate_part(shop, 0), min_positions=2, max_users=100)
+    scores = next_item_probabilities(shop, task.state)
+    anything = np.random.default_rng(seed).integers(0, 60, len(task.target))
+    for posed in (task, replace(task, target=anything)):
+        assert oracle_ranks(shop, posed).tolist() == rank_all(scores, posed)
+
+
+def test_without_users_there_are_no_ranks(shop, walk):
+    nobody = leave_one_out(walk, min_positions=3, max_users=0)
+    assert best_reachable(shop, oracle_ranks(shop, nobody)).num_users == 0
 
 
 def test_best_reachable_is_a_mean_over_users(shop):

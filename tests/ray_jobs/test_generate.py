@@ -4,8 +4,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_lake.schemas import items_schema
-from data_lake.synthetic import ShopConfig
-from data_lake.synthetic_rows import raw_schema
+from data_lake.synthetic import ShopConfig, build_shop
+from data_lake.synthetic_events import generate_part
+from data_lake.synthetic_rows import clean_rows, raw_schema, soil_rows
 from ray_jobs import generate
 from ray_jobs.config import PipelineConfig, StorageConfig
 from ray_jobs.errors import JobError
@@ -34,6 +35,16 @@ def test_writes_one_file_of_events_and_users_a_part(tmp_path, ray_cluster):
         for line in file.read_text().splitlines()
     ]
     assert events.num_rows + len(lines) == report.figures["rows_with_dirt"]
+
+
+@pytest.mark.ray
+def test_many_workers_write_what_one_process_makes(tmp_path, ray_cluster):
+    generate.run(pipeline(tmp_path))
+    shop = build_shop(SHOP, seed=1)
+    for part in range(SHOP.num_parts):
+        rows, _ = soil_rows(clean_rows(shop, part, generate_part(shop, part)), shop, part)
+        file = tmp_path / "shop" / "raw" / "events" / f"part-{part:05d}.parquet"
+        assert pq.read_table(file).equals(rows)
 
 
 @pytest.mark.ray
