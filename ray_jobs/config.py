@@ -8,9 +8,9 @@ are found.
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
@@ -118,6 +118,37 @@ class ServeConfig(Section):
     """A request that the model has not answered by then is answered by the next rung."""
 
 
+class MaintainConfig(Section):
+    """What is erased from the lake, merged and deleted; each step can be left out."""
+
+    forget: tuple[str, ...] = ()
+    """Ids of users whose rows are erased, as text."""
+    compact: bool = True
+    """Whether small files are merged."""
+    target_file_bytes: int = Field(128 * 2**20, ge=1)
+    """Files are merged up to this size; a task holds the rows of one such file."""
+    vacuum: bool = True
+    """Whether files are deleted that no version within the retention needs."""
+    retention_hours: int = Field(168, ge=0)
+    """For so long a version can be read after the next one came, and a run may take to commit."""
+    unsafe_retention: bool = False
+    """Allows a retention below 24 hours."""
+    checkpoint: bool = True
+    """Whether the log is summed up, and its entries deleted that are beyond its own retention."""
+    prove: bool = True
+    """Whether all files are searched for the users that were to be forgotten."""
+
+    @model_validator(mode="after")
+    def _protects_readers(self) -> Self:
+        if self.retention_hours < 24 and not self.unsafe_retention:
+            raise ValueError(
+                f"retention_hours = {self.retention_hours} would break jobs that read older "
+                "versions and runs that have yet to commit their files; use 24 or more, or set "
+                "unsafe_retention when nothing else runs"
+            )
+        return self
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -133,6 +164,7 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
+    maintain: MaintainConfig = MaintainConfig()
 
 
 def expand(path: str) -> str:
