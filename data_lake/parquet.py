@@ -46,4 +46,4 @@ def _leaves(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
 
 
 def _is_whole_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_timestamp(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))

@@ -136,7 +136,8 @@ def _look_at_buckets(sources: Sources, sequences: DeltaTable) -> list[Bucket]:
 
     def look_at(number: int, events: list[str]) -> Bucket:
         of_users = users.get(number, [])
-        digest = digest_of([build.rules.digest(), build.context, events, of_users])
+        names = [file.rpartition("/")[2] for file in (*events, *of_users)]
+        digest = digest_of([build.rules.digest(), build.context, names])
         return Bucket(number, events, of_users, digest, last_digests.get(str(number)))
 
     return [look_at(number, files) for number, files in files_by_bucket(sources.events).items()]

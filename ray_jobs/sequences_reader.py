@@ -15,10 +15,9 @@ from ray_jobs.config import PipelineConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.splits import Split, SplitConfig, split_offsets
-from recsys.tokens import TokenStore
+from recsys.tokens import TokenStore, list_column
 
-_COLUMNS = ["user_id", "segment", "item_ids", "event_types", "timestamps", "devices"]
-_FIELD_COLUMNS = {"device": "devices", "event_type": "event_types"}
+_COLUMNS = ("user_id", "segment", "item_ids", "timestamps")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,11 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         _count_bucket,
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs={"split": config.split, "options": config.storage.options},
+        fn_kwargs={
+            "split": config.split,
+            "fields": _list_fields(sequences, config),
+            "options": config.storage.options,
+        },
     )
     counts = pa.concat_tables(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
     counts = counts.group_by(["field", "item_id", "value"]).aggregate([("count", "sum")])
@@ -112,8 +115,24 @@ def _buckets(sequences: DeltaTable) -> ray.data.Dataset:
     return ray.data.from_items(buckets, override_num_blocks=len(buckets))
 
 
-def _count_bucket(batch: pa.Table, *, split: SplitConfig, options: dict[str, str]) -> pa.Table:
-    sequences = read_files(batch["files"][0].as_py(), _COLUMNS, options).combine_chunks()
+def _list_fields(sequences: DeltaTable, config: PipelineConfig) -> list[str]:
+    """Context fields that have a value a position. Raises: TableError when the table lacks one."""
+    fields = [name for name in config.train.context.categorical if name != "segment"]
+    there = pa.schema(sequences.schema()).names
+    missing = [name for name in fields if list_column(name) not in there]
+    if missing:
+        raise TableError(
+            f"train.context names {', '.join(missing)}, which no event carries; add it to "
+            "ingest.context and map it, or leave it out."
+        )
+    return fields
+
+
+def _count_bucket(
+    batch: pa.Table, *, split: SplitConfig, fields: list[str], options: dict[str, str]
+) -> pa.Table:
+    columns = (*_COLUMNS, *map(list_column, fields))
+    sequences = read_files(batch["files"][0].as_py(), columns, options).combine_chunks()
     offsets_U, cut = _split(sequences, split)
     places_T = np.arange(offsets_U[-1])
     is_training = pa.array(places_T < np.repeat(cut.train_end_U, np.diff(offsets_U)))
@@ -124,8 +143,8 @@ def _count_bucket(batch: pa.Table, *, split: SplitConfig, options: dict[str, str
         _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
         _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
     ]
-    for field, column in _FIELD_COLUMNS.items():
-        values = _flatten(sequences, column).filter(is_training)
+    for field in fields:
+        values = _flatten(sequences, list_column(field)).filter(is_training)
         parts.append(_count(field, pa.array(np.ones(len(values), np.int64)), value=values))
     id_type = sequences.schema.field("item_ids").type.value_type
     schema = pa.schema(
@@ -140,7 +159,9 @@ def _count_bucket(batch: pa.Table, *, split: SplitConfig, options: dict[str, str
 
 
 def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str, str]) -> pa.Table:
-    sequences = read_files(batch["files"][0].as_py(), _COLUMNS, options)
+    fields = [name for name in vocabulary.context.config.categorical if name != "segment"]
+    columns = (*_COLUMNS, *map(list_column, fields))
+    sequences = read_files(batch["files"][0].as_py(), columns, options)
     return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
 
 

@@ -34,8 +34,8 @@ class TokenStore:
     def from_sequences(
         cls, sequences: pa.Table, catalogue: Catalogue, encoder: ContextEncoder
     ) -> "TokenStore":
-        """Encodes rows of the `sequences` table; items that the catalogue does not know are left
-        out.
+        """Encodes rows of the `sequences` table, which have a list column for each context field;
+        items that the catalogue does not know are left out.
         """
         sequences = sequences.combine_chunks()
         lists = _first_chunk(sequences["item_ids"])
@@ -52,10 +52,11 @@ class TokenStore:
             _first_chunk(sequences["timestamps"]).flatten().cast(pa.int64()).to_numpy()[is_known_T]
         )
         columns = {
-            "device": _first_chunk(sequences["devices"]).flatten().filter(keep),
-            "event_type": _first_chunk(sequences["event_types"]).flatten().filter(keep),
-            "segment": _first_chunk(sequences["segment"]).take(pa.array(users_T)),
+            name: _first_chunk(sequences[list_column(name)]).flatten().filter(keep)
+            for name in encoder.config.categorical
+            if name != "segment"
         }
+        columns["segment"] = _first_chunk(sequences["segment"]).take(pa.array(users_T))
         context_TF = encoder.encode(timestamps_T, previous_times(timestamps_T, offsets_U), columns)
         return cls(
             _first_chunk(sequences["user_id"]),
@@ -105,6 +106,13 @@ class TokenStore:
             np.concatenate([store.context_TF for store in stores]),
             np.concatenate([store.timestamps_T for store in stores]),
         )
+
+
+def list_column(field: str) -> str:
+    """The list column of the `sequences` table that holds a context field a position; what the shop
+    itself added keeps its name.
+    """
+    return {"device": "devices", "event_type": "event_types"}.get(field, field)
 
 
 def previous_times(timestamps_T: np.ndarray, offsets_U: np.ndarray) -> np.ndarray:

@@ -41,6 +41,15 @@ def equal(one, other):
     )
 
 
+def test_a_column_of_the_shop_is_a_context_field():
+    config = ContextConfig(categorical=("region",), time=())
+    encoder = ContextEncoder.learn(config, {"region": {"north": 2, "south": 1}})
+    sequences = make_sequences(u=["a", "x", "b"])
+    sequences = sequences.append_column("region", pa.array([["south", "north", None]]))
+    store = TokenStore.from_sequences(sequences, CATALOGUE, encoder)
+    assert store.context_TF.tolist() == [[2], [0]]
+
+
 def test_users_follow_each_other_in_one_array():
     store = make(u=["a", "b"], v=["c"])
     assert store.offsets_U.tolist() == [0, 2, 3]
