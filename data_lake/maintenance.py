@@ -7,8 +7,8 @@ the log; and of two compactions at a time neither notices the other, and both wr
 so that the table has them twice. Here such commits collide through an application id that they
 share. A compaction by other tools at the same time would still go unnoticed: run none.
 
-An ingest goes on beside a compaction; one that commits while users are being forgotten is refused
-(ConflictError) and runs again.
+An ingest goes on beside a compaction. A commit begun before users were forgotten is refused
+(ConflictError) and has to look at the table again.
 
 Out of reach are raw files that were ingested, runs (`ranks.parquet`), serving's own history, which
 has an endpoint to erase a user, and backups. A job that read before a user was forgotten may bring
@@ -181,15 +181,15 @@ def vacuum(
     was written before that.
     """
     table = open_table(lake_uri, name, options)
-    run = partial(
-        table.vacuum,
-        retention_hours,
-        enforce_retention_duration=False,
-        full=True,
-        keep_versions=_versions_since(table, retention_hours),
+    return list(
+        table.vacuum(
+            retention_hours,
+            dry_run=False,
+            enforce_retention_duration=False,
+            full=True,
+            keep_versions=_versions_since(table, retention_hours),
+        )
     )
-    # Even an idle one would make two versions, at which other jobs begin to work again.
-    return list(run(dry_run=False)) if run(dry_run=True) else []
 
 
 def checkpoint(lake_uri: str, name: str, options: Options | None = None) -> None:
