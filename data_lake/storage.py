@@ -5,11 +5,14 @@ both libraries.
 """
 
 import contextlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+from data_lake.errors import LakeError
 
 Options = Mapping[str, str]
 
@@ -22,6 +25,15 @@ _S3_ARGUMENTS = {
     "endpoint_url": "endpoint_override",
     "endpoint": "endpoint_override",
 }
+_PATIENCE = {
+    "connect_timeout": "5s",
+    "timeout": "30s",
+    "max_retries": "5",
+    "retry_timeout": "30s",
+}
+"""Of deltalake with an object store, where the options say nothing else: of a request, and of all
+its repetitions. By itself it would go on for three minutes; Arrow gives up after ten seconds."""
+_SECRETS = ("key", "token", "password")
 
 
 def locate(uri: str, options: Options | None = None) -> tuple[pafs.FileSystem, str]:
@@ -39,33 +51,77 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
+def delta_options(uri: str, options: Options | None = None) -> dict[str, str]:
+    """The options for deltalake, which is kept from trying for ever."""
+    return dict(options or {}) if is_local(uri) else {**_PATIENCE, **(options or {})}
+
+
+@contextlib.contextmanager
+def reaching(uri: str, options: Options | None = None) -> Iterator[None]:
+    """Makes one sentence of whatever goes wrong with an object store, without its secrets.
+
+    Local files keep their errors, and so does a file that is not there. Raises: LakeError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if is_local(uri):
+            raise
+        said = f"{uri} cannot be reached ({_reason(error)}); check"
+        raise LakeError(
+            f"{_without_secrets(said, options)} the bucket, storage.options and the network."
+        ) from error
+
+
 def open_file(uri: str, options: Options | None = None) -> Any:
     """A file, open for reading bytes anywhere in it."""
-    filesystem, path = locate(uri, options)
-    return filesystem.open_input_file(path)
+    with reaching(uri, options):
+        filesystem, path = locate(uri, options)
+        return filesystem.open_input_file(path)
 
 
 def write_file(uri: str, content: bytes | pa.Buffer, options: Options | None = None) -> None:
     """Writes a file whole; the folders above it are made where the store has folders."""
-    filesystem, path = locate(uri, options)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(content)
+    with reaching(uri, options):
+        filesystem, path = locate(uri, options)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
 
 
 def delete_file(uri: str, options: Options | None = None) -> None:
     """Deletes a file; one that is not there is no error."""
-    filesystem, path = locate(uri, options)
-    with contextlib.suppress(FileNotFoundError):
+    with reaching(uri, options), contextlib.suppress(FileNotFoundError):
+        filesystem, path = locate(uri, options)
         filesystem.delete_file(path)
 
 
 def list_folder(uri: str, options: Options | None = None) -> list[pafs.FileInfo]:
     """All files below a folder, at any depth; none if it does not exist."""
-    filesystem, path = locate(uri, options)
-    below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
-    return [found for found in filesystem.get_file_info(below) if found.is_file]
+    with reaching(uri, options):
+        filesystem, path = locate(uri, options)
+        below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+        return [found for found in filesystem.get_file_info(below) if found.is_file]
+
+
+def _reason(error: OSError) -> str:
+    """The last things that an error says: deltalake tells a tree of causes, line by line."""
+    # A store answers in XML, of which the code is enough.
+    text = re.sub(r"<Error>.*?<Code>(\w+)</Code>.*", r"\1", str(error), flags=re.DOTALL)
+    plain = re.sub(r"\x1b\[\d+m|\u21b3", "", text)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return ": ".join(lines[-2:])
+
+
+def _without_secrets(text: str, options: Options | None) -> str:
+    text = re.sub(r"://[^/@\s]+@", "://***@", text)
+    for name, value in (options or {}).items():
+        if value and any(word in name.lower() for word in _SECRETS):
+            text = text.replace(value, "***")
+    return text
 
 
 def _s3_arguments(options: Options) -> dict[str, Any]:

@@ -4,11 +4,12 @@ A task writes Parquet files (`write_part`) and hands back what the log must say 
 commits all of them together (`commit_parts`). Until then no reader sees a row.
 """
 
+import contextlib
 import json
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -25,7 +26,14 @@ from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
 from data_lake.parquet import encode_parquet
 from data_lake.schemas import PARTITION
-from data_lake.storage import is_local, locate, open_file, write_file
+from data_lake.storage import (
+    delta_options,
+    is_local,
+    locate,
+    open_file,
+    reaching,
+    write_file,
+)
 
 _NUM_BUCKETS = "nextitem.numBuckets"
 _STATISTICS = ("timestamp", "user_id", "item_id")
@@ -67,13 +75,17 @@ def table_uri(lake_uri: str, name: str) -> str:
 
 def table_exists(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> bool:
     """Whether the table was created."""
-    return bool(DeltaTable.is_deltatable(table_uri(lake_uri, name), dict(options or {})))
+    uri = table_uri(lake_uri, name)
+    with reaching(uri, options):
+        return bool(DeltaTable.is_deltatable(uri, delta_options(uri, options)))
 
 
 def open_table(lake_uri: str, name: str, options: Mapping[str, str] | None = None) -> DeltaTable:
     """The newest version of a table. Raises: TableError when there is none."""
+    uri = table_uri(lake_uri, name)
     try:
-        return DeltaTable(table_uri(lake_uri, name), storage_options=dict(options or {}))
+        with reaching(uri, options):
+            return DeltaTable(uri, storage_options=delta_options(uri, options))
     except TableNotFoundError:
         job = "build_sequences" if name == "sequences" else "ingest"
         raise TableError(
@@ -98,15 +110,14 @@ def create_table(
         that it lacks may not be null.
     """
     uri = table_uri(lake_uri, name)
-    if "://" not in uri and re.search("%[0-9A-Fa-f]{2}", uri):
-        # deltalake reads `%20` in a path as a space, and then finds nothing there.
-        raise TableError(f"{uri} has a % code in its path; use a storage.root without one.")
+    _refuse_odd(uri)
     if is_local(uri):
         filesystem, path = locate(uri)
         filesystem.create_dir(path, recursive=True)
-    table = _create_or_open(uri, name, schema, options, num_buckets)
-    _check_same(table, name, schema, num_buckets)
-    _add_columns(table, schema)
+    with reaching(uri, options):
+        table = _create_or_open(uri, name, schema, options, num_buckets)
+        _check_same(table, name, schema, num_buckets)
+        _add_columns(table, schema)
     return table
 
 
@@ -158,7 +169,7 @@ def commit_parts(
     Raises: ConflictError when another writer overwrote the table, removed one of the same files, or
         committed a transaction of the same name, since `table` was opened.
     """
-    try:
+    with reaching(table.table_uri), _losing(table):
         table.create_write_transaction(
             actions=[*(part.add_action() for part in parts), *_remove_actions(table, removes)],
             mode=mode,
@@ -166,9 +177,7 @@ def commit_parts(
             partition_by=table.metadata().partition_columns or None,
             commit_properties=_properties(metadata or {}, transactions),
         )
-    except CommitFailedError as error:
-        raise _conflict(table, error) from error
-    table.update_incremental()
+        table.update_incremental()
     return int(table.version())
 
 
@@ -217,7 +226,8 @@ def read_files(
 
 def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
     """A small table as a whole, the partition column included."""
-    return table.to_pyarrow_table(columns=None if columns is None else list(columns))
+    with reaching(table.table_uri):
+        return table.to_pyarrow_table(columns=None if columns is None else list(columns))
 
 
 def upsert(
@@ -249,11 +259,9 @@ def upsert(
         target_alias="target",
         commit_properties=_properties(metadata or {}, ()),
     )
-    try:
+    with reaching(table.table_uri), _losing(table):
         merged = merge.when_matched_update(values).when_not_matched_insert(values).execute()
-    except CommitFailedError as error:
-        raise _conflict(table, error) from error
-    table.update_incremental()
+        table.update_incremental()
     return dict(merged)
 
 
@@ -263,7 +271,7 @@ def _read_file(
     options: Mapping[str, str] | None,
     dictionary: Sequence[str],
 ) -> pa.Table:
-    with open_file(uri, options) as stream:
+    with reaching(uri, options), open_file(uri, options) as stream:
         metadata = pq.read_metadata(stream)
         there = metadata.schema.to_arrow_schema()
         file = pq.ParquetFile(
@@ -332,6 +340,18 @@ def _remove_action(file: Mapping[str, Any], now_ms: int) -> RemoveAction:
     return RemoveAction(unquote(file["path"]), True, now_ms, file["size_bytes"], values)
 
 
+def _refuse_odd(uri: str) -> None:
+    """Raises TableError for a place that deltalake and Arrow would take for two different ones."""
+    if "://" not in uri and re.search("%[0-9A-Fa-f]{2}", uri):
+        # deltalake reads `%20` in a path as a space, and then finds nothing there.
+        raise TableError(f"{uri} has a % code in its path; use a storage.root without one.")
+    if not is_local(uri) and not re.fullmatch(r"\w+://[\w./@:=-]*", uri, re.ASCII):
+        raise TableError(
+            f"{uri} has characters that a URI writes as % codes; use a lake of plain letters, "
+            "digits, `-` and `_`."
+        )
+
+
 def _create_or_open(
     uri: str,
     name: str,
@@ -339,7 +359,7 @@ def _create_or_open(
     options: Mapping[str, str] | None,
     num_buckets: int | None,
 ) -> DeltaTable:
-    storage_options, rules = dict(options or {}), _RULES.get(name, {})
+    storage_options, rules = delta_options(uri, options), _RULES.get(name, {})
     configuration = {f"delta.constraints.{rule}": sql for rule, sql in rules.items()}
     if rules:
         configuration["delta.minWriterVersion"] = "3"  # the first that knows such rules
@@ -377,6 +397,15 @@ def _add_columns(table: DeltaTable, schema: pa.Schema) -> None:
 def _missing_fields(table: DeltaTable, schema: pa.Schema) -> list[pa.Field]:
     existing = {field.name for field in table.schema().fields}
     return [field for field in schema if field.name not in existing]
+
+
+@contextlib.contextmanager
+def _losing(table: DeltaTable) -> Iterator[None]:
+    """Names the table when a commit loses to another one."""
+    try:
+        yield
+    except CommitFailedError as error:
+        raise _conflict(table, error) from error
 
 
 def _conflict(table: DeltaTable, error: CommitFailedError) -> ConflictError:

@@ -35,12 +35,19 @@ class StorageConfig(Section):
 
     root: str
     """A local path or a URI; relative paths count from the working directory."""
+    lake: str | None = None
+    """Where the tables lie if not in `<root>/lake`, e.g. s3://bucket/lake: they may be in an object
+    store while runs, registry and history stay in folders."""
     options: dict[str, str] = Field(default_factory=dict)
-    """Credentials and endpoints as deltalake takes them; reading raw files uses them too."""
+    """Credentials and endpoints as deltalake takes them; reading raw files uses them too. For S3
+    itself `AWS_REGION` and the keys, where the environment does not give them. For another store
+    that speaks S3 also `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP = "true"` if that is plain http.
+    Commits are safe by conditional puts, which S3, MinIO, Ceph and R2 know, and deltalake asks for
+    by itself (`aws_conditional_put = "etag"`)."""
 
     @property
     def lake_uri(self) -> str:
-        return f"{expand(self.root)}/lake"
+        return expand(self.lake) if self.lake else f"{expand(self.root)}/lake"
 
     @property
     def runs_uri(self) -> str:
