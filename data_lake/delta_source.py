@@ -12,7 +12,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from data_lake.errors import SourceError
 from data_lake.sources import Part, SourceConfig, cut_parquet, refuse_missing, wanted_columns
-from data_lake.storage import Options
+from data_lake.storage import Options, is_local, locate
 
 _NUM_THREADS = 16
 """Files that are looked into at a time; they may be far away."""
@@ -30,9 +30,10 @@ def look_at_table(
     """
     try:
         table = DeltaTable(uri, storage_options=dict(options or {}))
-    except TableNotFoundError:
+    except (TableNotFoundError, DeltaError) as error:
+        reason = " ".join(str(error).split())
         raise SourceError(
-            f"There is no Delta table {uri}; check the path of the delta source."
+            f"There is no Delta table {uri} ({reason}); check the path of the delta source."
         ) from None
     _refuse_unreadable(table, uri)
     refuse_missing(uri, wanted_columns(source), pa.schema(table.schema()).names)
@@ -41,19 +42,21 @@ def look_at_table(
         path, given = file
         return [replace(part, given=given) for part in cut_parquet(path, options)[1]]
 
+    # A plain path needs none of the rules by which URIs are written.
+    root = locate(uri)[1] if is_local(uri) else uri
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        parts = [part for some in pool.map(cut, _live_files(table, uri)) for part in some]
+        parts = [part for some in pool.map(cut, _live_files(table, root)) for part in some]
     return f"{table.metadata().id}@{table.version()}", parts
 
 
-def _live_files(table: DeltaTable, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _live_files(table: DeltaTable, root: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each file, and what its partition says of all of its rows."""
     actions = pa.table(table.get_add_actions(flatten=True))
     actions = actions.sort_by([("modification_time", "ascending"), ("path", "ascending")])
     names = [name for name in actions.column_names if name.startswith(_PARTITION)]
     for action in actions.select(["path", *names]).to_pylist():
         # The log writes paths as URIs do, and may name a file that lies elsewhere.
-        path = action["path"] if "://" in action["path"] else f"{uri}/{unquote(action['path'])}"
+        path = action["path"] if "://" in action["path"] else f"{root}/{unquote(action['path'])}"
         yield path, {name.removeprefix(_PARTITION): action[name] for name in names}
 
 

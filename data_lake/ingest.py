@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from data_lake.buckets import bucket_of
 from data_lake.delta_source import look_at_table
+from data_lake.errors import SourceError
 from data_lake.normalise import Normalised, derive_event_ids, normalise
 from data_lake.readers import read_part
 from data_lake.schemas import PARTITION, TIMESTAMP, quarantine_schema
@@ -78,7 +79,12 @@ def look_at(source: SourceConfig, path: str, options: Options | None = None) -> 
     """Digest and parts of one file, its columns checked. Raises: SourceError."""
     if source.format == "delta":
         return SourceFile(source, path, *look_at_table(source, path, options))
-    return SourceFile(source, path, digest_file(path, options), cut_file(source, path, options))
+    try:
+        return SourceFile(source, path, digest_file(path, options), cut_file(source, path, options))
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read ({error}); give the job the right to, or take it away."
+        ) from None
 
 
 def load_part(task: PartTask, target: Target) -> Iterator[tuple[PartReport, pa.Table]]:

@@ -59,6 +59,13 @@ def read_part(
 
     Raises: SourceError when the file is broken or lacks a mapped column.
     """
+    try:
+        yield from _read_part(source, part, options)
+    except OSError as error:
+        raise SourceError(f"{part.path} cannot be read ({error}); deliver it again.") from None
+
+
+def _read_part(source: SourceConfig, part: Part, options: Options | None) -> Iterator[RawRows]:
     if source.format in ("parquet", "delta"):
         yield from _read_parquet(source, part, options)
         return
@@ -78,7 +85,8 @@ def _read_parquet(source: SourceConfig, part: Part, options: Options | None) -> 
     wanted = wanted_columns(source)
     for number, rows in enumerate(_read_batches(part, wanted, options)):
         given = {name: part.given.get(name) for name in wanted if name not in rows.column_names}
-        yield RawRows(_add_constants(rows, given), [], partial(whole.show, number))
+        rows = _add_constants(rows, given).select(wanted)
+        yield RawRows(rows, [], partial(whole.show, number))
 
 
 class _WholeRows:

@@ -115,10 +115,13 @@ class Part:
 
 
 def list_files(source: SourceConfig, path: str, options: Options | None = None) -> list[str]:
-    """The files of a source by name, `path` being the expanded one; hidden ones are left out.
+    """The files of a source by name, `path` being the expanded one; hidden ones are left out. A
+    Delta table is one file.
 
     Raises: SourceError when there is none.
     """
+    if source.format == "delta":
+        return [path]
     filesystem, name = locate(path, options)
     # The query of a URI (`?region=...`) belongs to the store, and so to each of its files.
     scheme, _, rest = path.rpartition("://")
