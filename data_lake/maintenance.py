@@ -272,17 +272,20 @@ def forget_in_folder(
 def find_in_log(
     lake_uri: str, user_ids: Sequence[str], options: Options | None = None
 ) -> dict[str, datetime]:
-    """When an entry of a log that names a user was last written, for users that one names.
+    """For users whom an entry of a log names: when a checkpoint summed that entry up, or when it
+    was written if none has. `checkpoint` deletes the entry when that is `LOG_RETENTION` ago.
 
     The log keeps the smallest and the largest user_id of every file, so it may name a user whose
-    rows are gone; `checkpoint` deletes such entries when they are older than the log retention.
-    (A predicate of a DELETE by other tools is not looked at.)
+    rows are gone. (A predicate of a DELETE by other tools is not looked at.)
     """
     bounds = {user_id[:_BOUND_LENGTH]: user_id for user_id in user_ids}
     newest: dict[str, datetime] = {}
     for name in _USER_TABLES:
         place = Place(lake_uri, name, dict(options or {}))
-        for uri, moment in _log_files(place).items():
+        files = _log_files(place)
+        sums = sorted(moment for uri, moment in files.items() if uri.endswith(".parquet"))
+        for uri, written_at in files.items():
+            moment = next((one for one in sums if one >= written_at), written_at)
             for user_id in {bounds[text] for text in _bounds_in(uri, options) if text in bounds}:
                 newest[user_id] = max(moment, newest.get(user_id, moment))
     return newest

@@ -520,14 +520,18 @@ def test_integer_ids_are_found(lake):
     assert find_live(lake, "42") == []
 
 
-def test_the_log_names_a_user_until_it_is_cleaned(lake):
+def test_the_log_names_a_user_until_the_checkpoint_above_is_a_month_old(lake):
     add_events(lake, ["bob"])
     add_events(lake, ["alice", "carl"], start=100)
     forget_users(lake, "events", ["bob"])
-    named = find_in_log(lake, ["bob", "alice", "nobody"])
-    assert sorted(named) == ["alice", "bob"]
-    make_old(lake, "_delta_log/*.json", hours=31 * 24)
-    assert datetime.now(UTC) - find_in_log(lake, ["bob"])["bob"] > timedelta(days=30)
+    checkpoint(lake, "events")
+    assert sorted(find_in_log(lake, ["bob", "alice", "nobody"])) == ["alice", "bob"]
+
+    make_old(lake, "_delta_log/*.json", hours=32 * 24)
+    make_old(lake, "_delta_log/*.checkpoint.parquet", hours=31 * 24)
+    summed_up = datetime.now(UTC) - find_in_log(lake, ["bob"])["bob"]
+    assert timedelta(days=31) <= summed_up < timedelta(days=32)
+    add_events(lake, ["carl"], start=200)
     checkpoint(lake, "events")
     assert sorted(find_in_log(lake, ["bob", "alice"])) == ["alice"]
 
