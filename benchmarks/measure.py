@@ -223,11 +223,13 @@ def _read(path: Path) -> str:
 
 
 def _watch(root: int, ray_session: str, interval_s: float) -> None:
-    """Samples until standard input ends, then prints the largest sample as JSON."""
+    """Samples until standard input ends, and once more; prints the largest sample as JSON."""
     sampler = _Sampler(root, ray_session)
     largest = sampler.sample()
     print("ready", flush=True)
-    while not select.select([sys.stdin], [], [], interval_s)[0]:
+    is_over = False
+    while not is_over:
+        is_over = bool(select.select([sys.stdin], [], [], interval_s)[0])
         largest = max(largest, sampler.sample(), key=Counter.total)
     print(json.dumps(largest))
 
