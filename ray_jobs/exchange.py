@@ -99,6 +99,8 @@ def exchange_by_shuffle(
     Raises: SourceError, TableError.
     """
     batches = list(_join_small(tasks))
+    if not batches:
+        return Exchanged([], [])
     num_blocks = min(target.num_buckets, _MAX_GROUPS)
 
     def load(rows: pa.Table) -> Iterator[pa.Table]:
@@ -109,9 +111,7 @@ def exchange_by_shuffle(
         return _merge_rows(rows, target, existing)
 
     given = ray.data.from_items([{"batch": position} for position in range(len(batches))])
-    events = given.repartition(max(1, len(batches))).map_batches(
-        load, batch_size=1, batch_format="pyarrow"
-    )
+    events = given.repartition(len(batches)).map_batches(load, batch_size=1, batch_format="pyarrow")
     merged = events.repartition(num_blocks, keys=[PARTITION]).map_batches(
         merge, batch_size=None, batch_format="pyarrow"
     )

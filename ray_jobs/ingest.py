@@ -3,8 +3,9 @@
     python -m ray_jobs.ingest --config ml-1m
 
 Safe to run again: a file whose bytes were ingested before is skipped, an event is taken once, and
-events are committed together at the end of a run or not at all. Rows that cannot be read go to the
-table `quarantine`, each with its reason.
+events are committed together at the end of a run or not at all. Of two runs at a time both land: the
+slower one leaves out what the other has brought. Rows that cannot be read go to the table
+`quarantine`, each with its reason.
 """
 
 import hashlib

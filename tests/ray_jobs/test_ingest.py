@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -288,6 +289,25 @@ def test_two_runs_with_the_same_file_take_each_row_once(shop, ray_cluster, monke
     for table in ("events", "quarantine"):
         assert files_of_no_table(shop, table) == set()
     assert ingest.run(pipeline()).figures["files"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_many_runs_at_a_time_all_land(shop, ray_cluster):
+    # Each shares its first half with the run before it, and its bad row with all others.
+    sources = []
+    for run in range(4):
+        lines = [f"u{n},i{n},view,{10**9 + n}" for n in range(run * 100, run * 100 + 200)]
+        write_csv(shop / "events" / f"{run}.csv", [*lines, ",i3,view,1000000003"])
+        sources.append(EVENTS | {"path": f"$SHOP/events/{run}.csv"})
+    with ThreadPoolExecutor(4) as pool:
+        reports = list(pool.map(lambda one: ingest.run(pipeline(events=[one])), sources))
+    read_rows, committed, _, quarantined = map(sum, zip(*map(counts, reports), strict=True))
+    assert (read_rows, committed, quarantined) == (804, 500, 4)
+    assert len({row["event_id"] for row in read(shop, "events")}) == 500
+    assert len(read(shop, "events")) == 500
+    assert len(read(shop, "quarantine")) == 4
+    assert files_of_no_table(shop, "events") == set()
 
 
 @pytest.mark.ray

@@ -97,6 +97,19 @@ def test_bad_rows_go_to_quarantine(home):
     assert '"id": "e0"' in bad["raw"]
 
 
+def test_a_table_without_rows_is_an_error(home):
+    write_deltalake(home / "foreign", foreign_rows(range(0)))
+    with pytest.raises(SourceError, match="foreign has no rows, as all new files of events"):
+        ingest.run(config())
+
+
+def test_a_table_of_bad_rows_only_is_put_aside(home):
+    rows = foreign_rows(range(20))
+    write_deltalake(home / "foreign", rows.set_column(1, "visitor", pa.array([""] * 20)))
+    assert counts(ingest.run(config())) == (20, 0, 0, 20)
+    assert len(read(home, "quarantine")) == 20
+
+
 def test_both_exchanges_make_the_same_table(home, monkeypatch):
     write_deltalake(home / "foreign", foreign_rows([*range(200), *range(100)]))
     ingest.run(config())
