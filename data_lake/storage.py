@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from deltalake.exceptions import DeltaError
 
 from data_lake.errors import LakeError
 
@@ -66,8 +67,9 @@ def reaching(uri: str, options: Options | None = None) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except OSError as error:
-        if is_local(uri):
+    except (OSError, DeltaError) as error:
+        # deltalake has no class of its own for a store that fails in the middle of a commit.
+        if is_local(uri) or (isinstance(error, DeltaError) and "object store" not in str(error)):
             raise
         said = f"{uri} cannot be reached ({_reason(error)}); check"
         raise LakeError(
@@ -107,10 +109,10 @@ def list_folder(uri: str, options: Options | None = None) -> list[pafs.FileInfo]
         return [found for found in filesystem.get_file_info(below) if found.is_file]
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     """The last things that an error says: deltalake tells a tree of causes, line by line."""
     # A store answers in XML, of which the code is enough.
-    text = re.sub(r"<Error>.*?<Code>(\w+)</Code>.*", r"\1", str(error), flags=re.DOTALL)
+    text = re.sub(r"(<\?xml.*?)?<Error>.*?<Code>(\w+)<.*", r"\2", str(error), flags=re.DOTALL)
     plain = re.sub(r"\x1b\[\d+m|\u21b3", "", text)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return ": ".join(lines[-2:])

@@ -373,6 +373,8 @@ def _create_or_open(
             configuration=configuration,
             storage_options=storage_options,
             raise_if_key_not_exists=False,  # rules are keys of our own naming
+            # A repetition would create it over that of another process, as its second version.
+            commit_properties=CommitProperties(max_commit_retries=0),
         )
     except CommitFailedError:
         # Another process created it in the same moment.

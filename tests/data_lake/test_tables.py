@@ -248,7 +248,10 @@ def test_all_who_create_and_widen_a_table_at_once_get_it(lake):
         with ThreadPoolExecutor(8) as pool:
             tables = list(pool.map(create, schemas))
         assert {num_buckets_of(table) for table in tables} == {4}
-        assert "region" in pa.schema(open_table(lake, "users").schema()).names
+        table = open_table(lake, "users")
+        assert "region" in pa.schema(table.schema()).names
+        operations = [commit["operation"] for commit in table.history()]
+        assert operations.count("CREATE TABLE") == 1
 
 
 def test_all_who_add_a_column_at_once_get_it(lake):
