@@ -3,7 +3,7 @@
     python -m ray_jobs.ingest --config ml-1m
 
 Safe to run again: a file whose bytes were ingested before is skipped, an event is taken once, and
-events are committed together at the end of a run or not at all. Of two runs at a time both land: the
+events are committed together at the end of a run or not at all. Two runs at a time both land: the
 slower one leaves out what the other has brought. Rows that cannot be read go to the table
 `quarantine`, each with its reason.
 """
@@ -31,6 +31,7 @@ from data_lake.schemas import (
     users_schema,
 )
 from data_lake.sources import list_files
+from data_lake.tables import Part as WrittenPart
 from data_lake.tables import (
     commit_parts,
     create_table,
@@ -132,12 +133,21 @@ def _commit_events(
             return counts
         except ConflictError as error:
             conflict = error
-        written.add("events", *parts)
         new.table.update_incremental()
+        if _has_landed(new.table, parts):
+            return counts
+        written.add("events", *parts)
         found = files_by_bucket(new.table)
         merged = _drop_arrived(new, merged, _added(seen, found), written)
         seen = found
     raise conflict
+
+
+def _has_landed(table: DeltaTable, parts: Sequence[WrittenPart]) -> bool:
+    """Whether a commit that was reported as lost was written all the same, as stores that repeat a
+    request may do.
+    """
+    return bool(parts) and any(uri.endswith(parts[0].path) for uri in table.file_uris())
 
 
 def _added(before: Files, after: Files) -> dict[int, list[str]]:
@@ -250,9 +260,11 @@ def _commit_quarantine(given: Input, reports: Sequence[PartReport], written: Wri
             return
         except ConflictError as error:
             conflict = error
-        written.add("quarantine", *parts)
         was_known = {file.digest for file in files if _is_quarantined(given, file)}
         given.quarantine.update_incremental()
+        if _has_landed(given.quarantine, parts):
+            return
+        written.add("quarantine", *parts)
         files = [
             file for file in files if file.digest in was_known or not _is_quarantined(given, file)
         ]

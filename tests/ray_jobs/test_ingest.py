@@ -337,6 +337,20 @@ def test_a_commit_of_unknown_outcome_keeps_its_files(shop, ray_cluster, monkeypa
 
 
 @pytest.mark.ray
+def test_a_commit_that_landed_though_it_was_called_lost_is_taken_as_such(
+    shop, ray_cluster, monkeypatch
+):
+    def commit_and_say_no(table, parts, **rest):
+        commit_parts(table, parts, **rest)
+        raise ConflictError("another job was faster; run this one again.")
+
+    write_csv(shop / "events" / "2.csv", DAY_TWO)
+    monkeypatch.setattr(ingest, "commit_parts", commit_and_say_no)
+    assert counts(ingest.run(pipeline())) == (3, 2, 0, 1)
+    assert (len(read(shop, "events")), len(read(shop, "quarantine"))) == (2, 1)
+
+
+@pytest.mark.ray
 def test_users_that_another_run_changes_meanwhile_are_updated_all_the_same(
     shop, ray_cluster, monkeypatch
 ):
