@@ -99,7 +99,7 @@ def clean(
         counts["removed_repeats"] = len(events) - len(collapsed)
         events = collapsed
 
-    short = is_short(events.user, config.min_user_events)
+    short = is_short(events, config)
     counts["removed_short_users"] = int(short.sum())
     counts["users_short"] = num_users(events, short)
     events = events.take(~short)
@@ -148,12 +148,12 @@ def collapse_repeats(events: FlatEvents) -> FlatEvents:
     return FlatEvents(kept.user, kept.item, event_type, kept.timestamp_us, kept.context)
 
 
-def is_short(user: Ints, min_user_events: int) -> Mask:
-    """Events of users, grouped, who have fewer than they need."""
-    if min_user_events <= 1:
-        return np.zeros(len(user), bool)
-    lengths = np.diff(user_offsets(user))
-    return np.repeat(lengths < min_user_events, lengths)
+def is_short(events: FlatEvents, config: CleaningConfig) -> Mask:
+    """Events of users who have fewer than they need."""
+    if config.min_user_events <= 1:
+        return np.zeros(len(events), bool)
+    lengths = np.diff(user_offsets(events.user))
+    return np.repeat(lengths < config.min_user_events, lengths)
 
 
 def _is_recent(events: FlatEvents, max_length: int | None) -> Mask:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_lake.cleaning import CleaningConfig, FlatEvents, Mask, clean, is_short, user_offsets
+from data_lake.cleaning import CleaningConfig, FlatEvents, Mask, clean, user_offsets
 from data_lake.ordering import Ints, chronological_order, radix_order
 from data_lake.schemas import PARTITION, TIMESTAMP
 
@@ -104,18 +104,18 @@ def count_items(
     are known to be rare, their events do not count, nor do those of users who have fewer than
     `min_user_events` without them.
     """
+    user, item = _plain(events["user_id"]), _plain(events["item_id"])
     if config.event_types is not None:
         kept = pa.array(config.event_types, pa.string())
-        events = events.filter(pc.is_in(_plain(events["event_type"]), value_set=kept))
-    items = _plain(events["item_id"])
+        is_kept = pc.is_in(_plain(events["event_type"]), value_set=kept)
+        user, item = user.filter(is_kept), item.filter(is_kept)
     if rare_items is not None:
-        is_kept = pc.invert(pc.is_in(items, value_set=rare_items.cast(items.type)))
-        user, _ = _rank_codes(events["user_id"].filter(is_kept))
-        order = radix_order(user)
-        is_counted = np.empty(len(user), bool)
-        is_counted[order] = ~is_short(user[order], config.min_user_events)
-        items = items.filter(is_kept).filter(pa.array(is_counted))
-    counted = items.value_counts()
+        is_frequent = pc.invert(pc.is_in(item, value_set=rare_items.cast(item.type)))
+        user, item = user.filter(is_frequent), item.filter(is_frequent)
+        codes = user.dictionary_encode().indices.to_numpy()
+        num_events = np.bincount(codes)
+        item = item.filter(pa.array(num_events[codes] >= config.min_user_events))
+    counted = item.value_counts()
     return pa.table({"item_id": counted.field("values"), "num_events": counted.field("counts")})
 
 

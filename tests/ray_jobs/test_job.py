@@ -9,7 +9,7 @@ from ray_jobs.job import Report, builtin_configs, load_config, main
 
 
 def test_every_configuration_that_comes_with_the_package_is_valid():
-    assert builtin_configs() == ["globo", "ml-1m", "retailrocket", "synthetic"]
+    assert builtin_configs() == ["globo", "ml-1m", "retailrocket", "shop-10m", "synthetic"]
     for name in builtin_configs():
         assert load_config(name).name == name
 
