@@ -10,7 +10,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
@@ -22,6 +29,7 @@ from recsys.splits import SplitConfig
 from recsys.trainer import TrainerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
+_SECRET = re.compile("key|secret|token|password|credential|sas", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -43,7 +51,24 @@ class StorageConfig(Section):
     itself `AWS_REGION` and the keys, where the environment does not give them. For another store
     that speaks S3 also `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP = "true"` if that is plain http.
     Commits are safe by conditional puts, which S3, MinIO, Ceph and R2 know, and deltalake asks for
-    by itself (`aws_conditional_put = "etag"`)."""
+    by itself (`aws_conditional_put = "etag"`). A value may be the name of an environment variable,
+    `"$SHOP_S3_KEY"`; secrets are not shown when the configuration is printed or kept."""
+
+    @field_validator("options")
+    @classmethod
+    def _from_environment(cls, options: dict[str, str]) -> dict[str, str]:
+        names = [value[1:] for value in options.values() if value.startswith("$")]
+        unset = [name for name in names if name not in os.environ]
+        if unset:
+            raise ValueError(f"the environment variable {', '.join(unset)} is not set")
+        return {
+            key: os.environ[value[1:]] if value.startswith("$") else value
+            for key, value in options.items()
+        }
+
+    @field_serializer("options", when_used="json")
+    def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
+        return {key: "***" if _SECRET.search(key) else value for key, value in options.items()}
 
     @property
     def lake_uri(self) -> str:

@@ -108,3 +108,19 @@ def test_the_last_line_of_a_report_is_json(capsys, monkeypatch):
         "items": 1234,
         "ndcg10": 0.12345,
     }
+
+
+def test_secrets_come_from_the_environment_and_are_never_shown(monkeypatch):
+    monkeypatch.setenv("SHOP_KEY", "abc123")
+    options = 'storage.options={AWS_SECRET_ACCESS_KEY="$SHOP_KEY", AWS_REGION="eu-central-1"}'
+    config = load_config("synthetic", [options])
+    assert config.storage.options["AWS_SECRET_ACCESS_KEY"] == "abc123"
+    shown = config.model_dump(mode="json")["storage"]["options"]
+    assert shown == {"AWS_SECRET_ACCESS_KEY": "***", "AWS_REGION": "eu-central-1"}
+    assert "abc123" not in config.model_dump_json()
+
+
+def test_an_option_from_an_unset_variable_says_so(monkeypatch):
+    monkeypatch.delenv("SHOP_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"storage\.options: .* SHOP_KEY is not set"):
+        load_config("synthetic", ['storage.options={AWS_ACCESS_KEY_ID="$SHOP_KEY"}'])
