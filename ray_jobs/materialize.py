@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from data_lake.tables import files_by_bucket, read_files
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.sequences_reader import open_sequences
@@ -38,10 +38,10 @@ def run(config: PipelineConfig) -> Report:
 
 def history_folder(config: PipelineConfig, sequences_version: int) -> Path:
     """Where the last `publish.history_events` events of one version of the sequences lie."""
-    root = Path(config.storage.lake_uri).parent
-    if "://" in config.storage.lake_uri:
+    root = expand(config.storage.root)
+    if "://" in root:
         raise JobError(f"Serving reads its history from a folder, not from {root}.")
-    return root / "history" / f"v{sequences_version}-last{config.publish.history_events}"
+    return Path(root) / "history" / f"v{sequences_version}-last{config.publish.history_events}"
 
 
 def recent_events(sequences: pa.Table, limit: int) -> pa.Table:

@@ -104,7 +104,10 @@ def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable)
         "name": config.name,
         "run": finished.folder.name,
         "seed": finished.facts["seed"],
-        "tables": {"sequences": sequences.version()},
+        "tables": {
+            "sequences": sequences.version(),
+            "items": finished.facts.get("items_version"),
+        },
         "sequences_from": read_stamp(sequences),
         "pipeline": finished.facts["config"],
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},

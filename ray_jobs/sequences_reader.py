@@ -37,6 +37,8 @@ class Learned:
     """Users with two training events or more."""
     num_validated: int
     """Users with a validation event."""
+    items_version: int | None = None
+    """Of the table that attributes come from, None without one."""
 
 
 def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaTable:
@@ -72,8 +74,11 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
     counts = counts.group_by(["field", "item_id", "value"]).aggregate([("count", "sum")])
 
     of_items = counts.filter(pc.equal(counts["field"], "item_id"))
+    items = _open_items(config)
     catalogue = Catalogue.build(
-        of_items["item_id"].combine_chunks(), of_items["count_sum"].to_numpy(), _items(config)
+        of_items["item_id"].combine_chunks(),
+        of_items["count_sum"].to_numpy(),
+        None if items is None else read_table(items),
     )
     values = {
         name: _as_counts(counts.filter(pc.equal(counts["field"], name)))
@@ -84,6 +89,7 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         Vocabulary(catalogue, ContextEncoder.learn(config.train.context, values)),
         num_trainable=users["trainable"],
         num_validated=users["validated"],
+        items_version=None if items is None else items.version(),
     )
 
 
@@ -206,8 +212,8 @@ def _as_counts(counts: pa.Table) -> dict[str, int]:
     return dict(zip(counts["value"].to_pylist(), counts["count_sum"].to_pylist(), strict=True))
 
 
-def _items(config: PipelineConfig) -> pa.Table | None:
+def _open_items(config: PipelineConfig) -> DeltaTable | None:
     storage = config.storage
     if not table_exists(storage.lake_uri, "items", storage.options):
         return None
-    return read_table(open_table(storage.lake_uri, "items", storage.options))
+    return open_table(storage.lake_uri, "items", storage.options)

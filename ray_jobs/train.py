@@ -79,7 +79,7 @@ def run(config: PipelineConfig) -> Report:
     run_folder.mkdir(parents=True, exist_ok=True)
     result = _fit(WorkerPlan(config, recipe, vocabulary, run_folder), tokens, scaling)
     best = max(result.best_checkpoints, key=lambda pair: float(pair[1]["ndcg10"]))
-    _write_run(run_folder, config, recipe, vocabulary, sequences.version(), best)
+    _write_run(run_folder, config, recipe, learned, sequences.version(), best)
     history = read_history(run_folder)
     metrics = best[1]
     return Report(
@@ -231,11 +231,12 @@ def _write_run(
     folder: Path,
     config: PipelineConfig,
     recipe: Recipe,
-    vocabulary: Vocabulary,
+    learned: Learned,
     sequences_version: int,
     best: tuple[Checkpoint, dict[str, Any]],
 ) -> None:
     checkpoint, metrics = best
+    vocabulary = learned.vocabulary
     model = NextItemModel(recipe.model, vocabulary.catalogue.num_rows, vocabulary.context.sizes)
     with checkpoint.as_directory() as path:
         saved = torch.load(Path(path) / "trainer.pt", map_location="cpu", weights_only=True)
@@ -248,6 +249,7 @@ def _write_run(
         "recipe": recipe.model_dump(mode="json"),
         "seed": config.seed,
         "sequences_version": sequences_version,
+        "items_version": learned.items_version,
         "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
         "history": read_history(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

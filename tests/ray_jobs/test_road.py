@@ -68,7 +68,7 @@ def test_the_published_artifact_says_where_it_comes_from(tiny):
     registry = Path(tiny.storage.registry_uri)
     artifact = load_artifact(registry / version)
     assert serving_version(registry) == version
-    assert artifact.manifest["tables"]["sequences"] == 1
+    assert artifact.manifest["tables"] == {"sequences": 1, "items": 1}
     assert artifact.manifest["sequences_from"]["events_version"] == 1
     assert artifact.manifest["seed"] == tiny.seed
     assert artifact.metrics()["run"] == artifact.manifest["run"]

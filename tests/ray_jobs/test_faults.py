@@ -1,7 +1,9 @@
-"""Processes that are killed amid an ingest: no event is lost, and none is there twice."""
+"""Processes that are killed amid an ingest or a build: no event is lost, none is there twice."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from data_lake.tables import open_table, read_table
-from ray_jobs import ingest
+from data_lake.storage import open_file
+from data_lake.tables import files_by_bucket, open_table, read_table
+from ray_jobs import build_sequences, ingest
 from ray_jobs.job import load_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -28,7 +31,7 @@ CONFIG = """
 name = "toy"
 storage = {{ root = "{shop}" }}
 [ingest]
-num_buckets = 8
+num_buckets = 48
 [[ingest.events]]
 path = "{shop}/events"
 format = "csv"
@@ -62,6 +65,16 @@ def check_whole(shop):
     assert events.num_rows == NUM_FILES * NUM_EVENTS
     assert len(events["event_id"].unique()) == NUM_FILES * NUM_EVENTS
     assert read_table(open_table(str(shop / "lake"), "quarantine")).num_rows == NUM_FILES
+
+
+def contents(shop):
+    """sha256 of each bucket's sequences; a file a bucket, or else rows would be there twice."""
+    files = files_by_bucket(open_table(str(shop / "lake"), "sequences"))
+    assert all(len(of_bucket) == 1 for of_bucket in files.values())
+    return {
+        bucket: hashlib.sha256(open_file(file).read()).hexdigest()
+        for bucket, (file,) in files.items()
+    }
 
 
 def counts(figures):
@@ -104,14 +117,20 @@ def kill_when(find: Callable[[], int | None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("task", ["ray::_load_pieces", "ray::merge_pieces"])
-def test_a_worker_that_is_killed_amid_a_task_is_replaced(shop, ray_cluster, task):
+def kill_worker(task: str) -> threading.Thread:
+    """Kills the first worker that is seen at this task."""
+
     def find_worker() -> int | None:
         return next(
             (pid for pid, title in descendants(os.getpid()) if title.startswith(task)), None
         )
 
-    killer = kill_when(find_worker)
+    return kill_when(find_worker)
+
+
+@pytest.mark.parametrize("task", ["ray::_load_pieces", "ray::merge_pieces"])
+def test_a_worker_that_is_killed_amid_a_task_is_replaced(shop, ray_cluster, task):
+    killer = kill_worker(task)
     report = ingest.run(load_config(str(shop / "toy.toml")))
     killer.join(timeout=1)
     assert not killer.is_alive(), "no worker was found"
@@ -119,13 +138,32 @@ def test_a_worker_that_is_killed_amid_a_task_is_replaced(shop, ray_cluster, task
     check_whole(shop)
 
 
+@pytest.fixture
+def whole(shop, ray_cluster):
+    """The sequences of an unbroken build, in whose place another one may come."""
+    config = load_config(str(shop / "toy.toml"))
+    ingest.run(config)
+    build_sequences.run(config)
+    expected = contents(shop)
+    shutil.rmtree(shop / "lake" / "sequences")
+    return expected
+
+
+def test_a_worker_that_is_killed_amid_a_build_is_replaced(shop, whole):
+    killer = kill_worker("ray::MapBatches(work)")
+    build_sequences.run(load_config(str(shop / "toy.toml")))
+    killer.join(timeout=1)
+    assert not killer.is_alive(), "no worker was found"
+    assert contents(shop) == whole
+
+
 NODE_DIES = """
-import os, signal, sys, threading, time
+import importlib, os, signal, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from ray_jobs import ingest
 from ray_jobs.job import load_config
 
+job = importlib.import_module(f"ray_jobs.{sys.argv[3]}")
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 raylet = cluster.add_node(num_cpus=2).all_processes["raylet"][0].process.pid
 ray.init(address=cluster.address)
@@ -140,7 +178,7 @@ def titles_of_workers():
             continue
 
 def run():
-    print(ingest.run(load_config(sys.argv[1])).json_line(), flush=True)
+    print(job.run(load_config(sys.argv[1])).json_line(), flush=True)
 
 running = threading.Thread(target=run)
 running.start()
@@ -161,10 +199,10 @@ QUICK_TO_NOTICE = {
 }
 
 
-@pytest.mark.parametrize("task", ["ray::_load_pieces", "ray::merge_pieces"])
-def test_a_node_that_is_lost_costs_no_event(shop, task):
+def lose_node(shop, job, task):
+    """Runs a job on a node that is killed during the task, and then on another; its report."""
     done = subprocess.run(
-        [sys.executable, "-c", NODE_DIES, str(shop / "toy.toml"), task],
+        [sys.executable, "-c", NODE_DIES, str(shop / "toy.toml"), task, job],
         cwd=ROOT,
         env={**os.environ, "RAY_AUTH_MODE": "disabled", **QUICK_TO_NOTICE},
         capture_output=True,
@@ -176,28 +214,55 @@ def test_a_node_that_is_lost_costs_no_event(shop, task):
     # The node went first, and all that it held had to be made again.
     killed, report = (line for line in done.stdout.splitlines() if line.startswith(("killed", "{")))
     assert killed == "killed"
-    assert counts(json.loads(report)) == COUNTS
+    return json.loads(report)
+
+
+@pytest.mark.parametrize("task", ["ray::_load_pieces", "ray::merge_pieces"])
+def test_a_node_that_is_lost_costs_no_event(shop, task):
+    assert counts(lose_node(shop, "ingest", task)) == COUNTS
     check_whole(shop)
 
 
-@pytest.mark.parametrize("table", ["quarantine", "events"])
-def test_a_driver_that_is_killed_leaves_a_lake_that_the_next_run_completes(shop, table):
-    command = [sys.executable, "-m", "ray_jobs.ingest", "--config", str(shop / "toy.toml")]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+def test_a_node_that_is_lost_amid_a_build_costs_no_sequence(shop, whole):
+    lose_node(shop, "build_sequences", "ray::MapBatches(work)")
+    assert contents(shop) == whole
+
+
+def kill_driver(shop, job, table):
+    """Starts a job, and kills it once it has written what no commit knows yet."""
+    driver = subprocess.Popen(command(shop, job), cwd=ROOT, stderr=subprocess.DEVNULL)
 
     def is_writing() -> int | None:
-        # Its tasks have begun to write what no commit knows yet.
         return driver.pid if any((shop / "lake" / table).rglob("*.parquet")) else None
 
     kill_when(is_writing).join(timeout=120)
     assert driver.wait(timeout=60) == -signal.SIGKILL
-    for name in ("events", "quarantine"):
-        assert open_table(str(shop / "lake"), name).version() == 0
 
+
+def run_again(shop, job):
+    """The report of a run that nothing disturbs."""
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200
+        command(shop, job), cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    assert counts(json.loads(done.stdout.splitlines()[-1])) == COUNTS
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def command(shop, job):
+    return [sys.executable, "-m", f"ray_jobs.{job}", "--config", str(shop / "toy.toml")]
+
+
+@pytest.mark.parametrize("table", ["quarantine", "events"])
+def test_a_driver_that_is_killed_leaves_a_lake_that_the_next_run_completes(shop, table):
+    kill_driver(shop, "ingest", table)
+    for name in ("events", "quarantine"):
+        assert open_table(str(shop / "lake"), name).version() == 0
+    assert counts(run_again(shop, "ingest")) == COUNTS
     check_whole(shop)
+
+
+def test_a_driver_that_is_killed_amid_a_build_leaves_what_the_next_one_completes(shop, whole):
+    kill_driver(shop, "build_sequences", "sequences")
+    assert open_table(str(shop / "lake"), "sequences").version() == 0
+    run_again(shop, "build_sequences")
+    assert contents(shop) == whole
