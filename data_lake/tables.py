@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
+from pyarrow.fs import SubTreeFileSystem
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
@@ -226,8 +227,14 @@ def read_files(
 
 def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
     """A small table as a whole, the partition column included."""
+    # Through deltalake's own filesystem, threads of Arrow would call Python: a process that ends
+    # soon after reading is then aborted, every second time.
+    filesystem, root = locate(table.table_uri, table._storage_options)
     with reaching(table.table_uri):
-        return table.to_pyarrow_table(columns=None if columns is None else list(columns))
+        return table.to_pyarrow_table(
+            columns=None if columns is None else list(columns),
+            filesystem=SubTreeFileSystem(root, filesystem),
+        )
 
 
 def upsert(

@@ -1,5 +1,7 @@
 import json
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -304,6 +306,17 @@ def test_a_removal_leaves_appends_of_others_alone(lake):
     commit_parts(second, [write_part(lake, "users", some_users(2), 3)])
     commit_parts(first, [], removes=bucket_files(first, 3)[:1])
     assert read_table(open_table(lake, "users"))["user_id"].to_pylist() == [2]
+
+
+def test_a_process_may_end_right_after_reading(lake):
+    commit_parts(create_users(lake), [write_part(lake, "users", some_users(1), 3)])
+    script = (
+        "from data_lake.tables import open_table, read_table\n"
+        f"print(read_table(open_table({lake!r}, 'users')).num_rows)"
+    )
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, b"1\n")
 
 
 def test_the_same_rows_are_the_same_bytes(lake):
