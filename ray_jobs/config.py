@@ -51,8 +51,9 @@ class StorageConfig(Section):
     itself `AWS_REGION` and the keys, where the environment does not give them. For another store
     that speaks S3 also `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP = "true"` if that is plain http.
     Commits are safe by conditional puts, which S3, MinIO, Ceph and R2 know, and deltalake asks for
-    by itself (`aws_conditional_put = "etag"`). A value may be the name of an environment variable,
-    `"$SHOP_S3_KEY"`; secrets are not shown when the configuration is printed or kept."""
+    by itself (`aws_conditional_put = "etag"`). `timeout` and `retry_timeout` ("30s" each) bound how
+    long deltalake waits for a store that does not answer. A value may be the name of an environment
+    variable, `"$SHOP_S3_KEY"`; secrets are not shown when the configuration is printed or kept."""
 
     @field_validator("options")
     @classmethod
