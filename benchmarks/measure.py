@@ -227,10 +227,13 @@ def _watch(root: int, ray_session: str, interval_s: float) -> None:
     sampler = _Sampler(root, ray_session)
     largest = sampler.sample()
     print("ready", flush=True)
-    is_over = False
+    is_over, pause_s = False, interval_s
     while not is_over:
-        is_over = bool(select.select([sys.stdin], [], [], interval_s)[0])
+        is_over = bool(select.select([sys.stdin], [], [], pause_s)[0])
+        started = time.perf_counter()
         largest = max(largest, sampler.sample(), key=Counter.total)
+        # Many pages take long to count: at most a twentieth of a core goes into it.
+        pause_s = max(interval_s, 19 * (time.perf_counter() - started))
     print(json.dumps(largest))
 
 

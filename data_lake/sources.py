@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_lake.errors import SourceError
 from data_lake.schemas import IdType, events_schema, sequences_schema
-from data_lake.storage import Options, locate, open_file
+from data_lake.storage import Options, locate, open_file, reaching
 
 _PART_BYTES = 32 * 2**20
 _PART_ROWS = 500_000
@@ -126,7 +126,8 @@ def list_files(source: SourceConfig, path: str, options: Options | None = None) 
     # The query of a URI (`?region=...`) belongs to the store, and so to each of its files.
     scheme, _, rest = path.rpartition("://")
     before, after = (f"{scheme}://", "".join(rest.partition("?")[1:])) if scheme else ("", "")
-    found = [f"{before}{file}{after}" for file in _matching_files(filesystem, name)]
+    with reaching(path, options):
+        found = [f"{before}{file}{after}" for file in _matching_files(filesystem, name)]
     if not found:
         raise SourceError(f"There is no file {path}; check the path of the {source.format} source.")
     return sorted(found)

@@ -85,13 +85,19 @@ def open_file(uri: str, options: Options | None = None) -> Any:
 
 
 def write_file(uri: str, content: bytes | pa.Buffer, options: Options | None = None) -> None:
-    """Writes a file whole; the folders above it are made where the store has folders."""
+    """Writes a file whole or not at all, and the folders above it where a store has folders."""
     with reaching(uri, options):
         filesystem, path = locate(uri, options)
         if isinstance(filesystem, pafs.LocalFileSystem):
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(content)
+        try:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+        except OSError:
+            # A disk that is full keeps what fitted.
+            with contextlib.suppress(OSError):
+                filesystem.delete_file(path)
+            raise
 
 
 def delete_file(uri: str, options: Options | None = None) -> None:

@@ -15,7 +15,7 @@ import ray
 from pyarrow.fs import FileType
 
 from data_lake.parquet import encode_parquet
-from data_lake.storage import Options, locate, write_file
+from data_lake.storage import Options, locate, open_file, reaching, write_file
 from data_lake.synthetic import Shop, build_shop, items_table
 from data_lake.synthetic_draws import Ints
 from data_lake.synthetic_events import Trajectories, generate_part
@@ -100,12 +100,14 @@ def _read_stamp(uri: str, wanted: dict[str, Any], options: Options) -> dict[str,
 
     Raises: JobError when the folder holds another shop, or files that nobody generated.
     """
-    filesystem, root = locate(uri, options)
-    if filesystem.get_file_info(f"{root}/{_STAMP}").type == FileType.NotFound:
-        if filesystem.get_file_info(root).type != FileType.NotFound:
+    with reaching(uri, options):
+        filesystem, root = locate(uri, options)
+        stamp, folder = filesystem.get_file_info([f"{root}/{_STAMP}", root])
+    if stamp.type == FileType.NotFound:
+        if folder.type != FileType.NotFound:
             raise JobError(f"{uri} exists and was not generated; set storage.root elsewhere.")
         return None
-    with filesystem.open_input_stream(f"{root}/{_STAMP}") as stream:
+    with open_file(f"{uri}/{_STAMP}", options) as stream:
         found = json.loads(stream.read())
     if {"seed": found["seed"], "shop": found["shop"]} != wanted:
         raise JobError(

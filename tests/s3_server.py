@@ -31,9 +31,9 @@ _START_S = 20.0
 
 
 @contextlib.contextmanager
-def running_store() -> Iterator[dict[str, str]]:
+def running_store(module: str = "tests.s3_server") -> Iterator[dict[str, str]]:
     """A store with one empty bucket; yields the options under which the lake reaches it."""
-    command = [sys.executable, "-m", "tests.s3_server"]
+    command = [sys.executable, "-m", module]
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,4 +1,6 @@
-"""The lake in an object store: `tests.s3_server`, which is a process of its own."""
+"""The lake in two object stores, each a process of its own: moto knows S3 in detail, and the store
+of `tests.s3_server` refuses wrong keys and can be ended.
+"""
 
 import multiprocessing
 import socket
@@ -30,8 +32,14 @@ _NUM_PROCESSES = 3
 _COMMITS_EACH = 4
 
 
+@pytest.fixture(scope="module", params=["tests.moto_server", "tests.s3_server"])
+def options(request):
+    with running_store(request.param) as options:
+        yield options
+
+
 @pytest.fixture(scope="module")
-def options():
+def strict_options():
     with running_store() as options:
         yield options
 
@@ -185,8 +193,8 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("request_name", REQUESTS)
-def test_a_wrong_key_is_one_sentence_without_secrets(options, lake, request_name):
-    wrong = {**options, "AWS_ACCESS_KEY_ID": "no-such-key"}
+def test_a_wrong_key_is_one_sentence_without_secrets(strict_options, lake, request_name):
+    wrong = {**strict_options, "AWS_ACCESS_KEY_ID": "no-such-key"}
     with pytest.raises(
         LakeError, match=r"cannot be reached \(.*\); check .*storage\.opt"
     ) as caught:

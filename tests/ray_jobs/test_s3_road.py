@@ -19,6 +19,12 @@ LAKE, RAW = f"s3://{BUCKET}/platform/lake", f"s3://{BUCKET}/delivered"
 
 @pytest.fixture(scope="module")
 def options():
+    with running_store("tests.moto_server") as options:
+        yield options
+
+
+@pytest.fixture(scope="module")
+def strict_options():
     with running_store() as options:
         yield options
 
@@ -79,9 +85,9 @@ def test_the_lake_in_an_object_store_is_as_the_one_in_a_folder(tmp_path, options
     assert there.sort_by("event_id").equals(here.sort_by("event_id"))
 
 
-def test_a_job_says_in_one_sentence_that_its_store_is_closed(tmp_path, options):
+def test_a_job_says_in_one_sentence_that_its_store_is_closed(tmp_path, strict_options):
     local = tiny_config(tmp_path)
-    closed = {"lake": LAKE, "options": {**options, "AWS_ACCESS_KEY_ID": "no-such-key"}}
+    closed = {"lake": LAKE, "options": {**strict_options, "AWS_ACCESS_KEY_ID": "no-such-key"}}
     storage = local.storage.model_copy(update=closed)
     with pytest.raises(LakeError, match=r"events cannot be reached \(403 Forbidden") as caught:
         build_sequences.run(local.model_copy(update={"storage": storage}))
