@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 from deltalake import DeltaTable
 
-from data_lake.bucket import Bucket, Build, build_row, count_bucket, digest_of
+from data_lake.build import Bucket, Build, build_row, count_bucket, digest_of
 from data_lake.errors import TableError
 from data_lake.schemas import context_columns_of, id_type_of, sequences_schema
 from data_lake.sequences import find_rare_items
