@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_lake.parquet import read_files
 from data_lake.schemas import PARTITION
 from data_lake.sequences import (
     EVENT_COLUMNS,
@@ -22,7 +23,7 @@ from data_lake.sequences import (
     count_items,
     digest_rare,
 )
-from data_lake.tables import read_files, write_part
+from data_lake.tables import write_part
 
 _COUNTED_COLUMNS = ("user_id", "item_id", "event_type")
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from data_lake.ingest import Target, constant_time
 from data_lake.ordering import chronological_order
+from data_lake.parquet import read_files
 from data_lake.schemas import PARTITION
-from data_lake.tables import Part, read_files, table_uri
+from data_lake.tables import Part, table_uri
 from data_lake.written import Written, write_rows
 
 _BUCKETS = b"buckets"

@@ -35,13 +35,13 @@ from deltalake.transaction import AddAction, RemoveAction
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError
 from data_lake.owners import UNREADABLE, as_ids, read_owners
+from data_lake.parquet import read_files
 from data_lake.schemas import PARTITION
 from data_lake.storage import Options, delete_file, list_folder, locate, open_file, write_file
 from data_lake.tables import (
     Part,
     num_buckets_of,
     open_table,
-    read_files,
     table_exists,
     table_uri,
     write_part,

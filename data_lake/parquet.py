@@ -1,16 +1,21 @@
-"""How rows of the lake become the bytes of a Parquet file.
+"""How rows of the lake become the bytes of a Parquet file, and how files become rows again.
 
 Measured on 1.5 M events: whole numbers as packed differences instead of plain or dictionary-encoded
 take 20 % less space, 40 % less time to write and half the time to read. Every reader of Parquet's
 second version knows the encoding (Arrow, Spark from 3.3, DuckDB, Polars, Trino).
 """
 
+from collections.abc import Mapping, Sequence
+
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_lake.storage import is_local, open_file, reaching
 
 _UNIQUE_COLUMNS = ("event_id", "session_id", "raw")
 """Texts that hardly repeat only waste a dictionary."""
 _ROWS_PER_GROUP = 2**20
+_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 
 def encode_parquet(rows: pa.Table) -> pa.Buffer:
@@ -38,6 +43,24 @@ def encode_parquet(rows: pa.Table) -> pa.Buffer:
     return written.getvalue()
 
 
+def read_files(
+    files: Sequence[str],
+    columns: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
+    *,
+    dictionary: Sequence[str] = (),
+) -> pa.Table:
+    """Rows of one or more Parquet files of a table, in the order of the files.
+
+    The columns of the files only: the partition column is not among them. A column that a file does
+    not have is null in its rows, and of type null where no file has it. Text columns named in
+    `dictionary` come as dictionary<int32, string>, one dictionary for all chunks.
+    """
+    tables = [_read_file(uri, columns, options, dictionary) for uri in files]
+    rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    return rows if columns is None else rows.select(list(columns))
+
+
 def _leaves(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
     """The column as Parquet names it, with its type: a list's values are `<name>.list.element`."""
     if pa.types.is_list(kind):
@@ -47,3 +70,47 @@ def _leaves(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
 
 def _is_whole_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))
+
+
+def _read_file(
+    uri: str,
+    columns: Sequence[str] | None,
+    options: Mapping[str, str] | None,
+    dictionary: Sequence[str],
+) -> pa.Table:
+    with reaching(uri, options), open_file(uri, options) as stream:
+        metadata = pq.read_metadata(stream)
+        there = metadata.schema.to_arrow_schema()
+        file = pq.ParquetFile(
+            stream,
+            metadata=metadata,
+            read_dictionary=[name for name in dictionary if _is_text(there, name)],
+            # From a store far away the columns come all at once.
+            pre_buffer=not is_local(uri),
+        )
+        rows = file.read([name for name in columns or there.names if name in there.names])
+    rows = _with_plain_text(rows)
+    for name in columns or ():
+        if name not in there.names:
+            kind = _DICTIONARY if name in dictionary else pa.null()
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
+    for name in dictionary:
+        if _is_text(rows.schema, name):
+            encoded = rows[name].dictionary_encode()
+            rows = rows.set_column(rows.schema.get_field_index(name), name, encoded)
+    return rows
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return name in schema.names and pa.types.is_string(schema.field(name).type)
+
+
+def _with_plain_text(rows: pa.Table) -> pa.Table:
+    """Text as `string`: files that Delta itself wrote have it of a type with few kernels."""
+    return rows.cast(pa.schema([field.with_type(_plain_type(field.type)) for field in rows.schema]))
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    return pa.string() if pa.types.is_string_view(kind) else kind

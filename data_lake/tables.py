@@ -17,7 +17,6 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
@@ -31,7 +30,6 @@ from data_lake.storage import (
     delta_options,
     is_local,
     locate,
-    open_file,
     reaching,
     write_file,
 )
@@ -48,7 +46,6 @@ _RULES = {
 """Delta constraints that a table is created with: whoever writes by Delta's rules is held to them.
 `commit_parts` is not, for it never looks into the files."""
 _MAX_ATTEMPTS = 10
-_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 
 @dataclass(frozen=True)
@@ -207,24 +204,6 @@ def bucket_files(table: DeltaTable, bucket: int) -> list[str]:
     return files_by_bucket(table).get(bucket, [])
 
 
-def read_files(
-    files: Sequence[str],
-    columns: Sequence[str] | None = None,
-    options: Mapping[str, str] | None = None,
-    *,
-    dictionary: Sequence[str] = (),
-) -> pa.Table:
-    """Rows of one or more Parquet files of a table, in the order of the files.
-
-    The columns of the files only: the partition column is not among them. A column that a file does
-    not have is null in its rows, and of type null where no file has it. Text columns named in
-    `dictionary` come as dictionary<int32, string>, one dictionary for all chunks.
-    """
-    tables = [_read_file(uri, columns, options, dictionary) for uri in files]
-    rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
-    return rows if columns is None else rows.select(list(columns))
-
-
 def read_table(table: DeltaTable, columns: Sequence[str] | None = None) -> pa.Table:
     """A small table as a whole, the partition column included."""
     # Through deltalake's own filesystem, threads of Arrow would call Python: a process that ends
@@ -270,50 +249,6 @@ def upsert(
         merged = merge.when_matched_update(values).when_not_matched_insert(values).execute()
         table.update_incremental()
     return dict(merged)
-
-
-def _read_file(
-    uri: str,
-    columns: Sequence[str] | None,
-    options: Mapping[str, str] | None,
-    dictionary: Sequence[str],
-) -> pa.Table:
-    with reaching(uri, options), open_file(uri, options) as stream:
-        metadata = pq.read_metadata(stream)
-        there = metadata.schema.to_arrow_schema()
-        file = pq.ParquetFile(
-            stream,
-            metadata=metadata,
-            read_dictionary=[name for name in dictionary if _is_text(there, name)],
-            # From a store far away the columns come all at once.
-            pre_buffer=not is_local(uri),
-        )
-        rows = file.read([name for name in columns or there.names if name in there.names])
-    rows = _with_plain_text(rows)
-    for name in columns or ():
-        if name not in there.names:
-            kind = _DICTIONARY if name in dictionary else pa.null()
-            rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
-    for name in dictionary:
-        if _is_text(rows.schema, name):
-            encoded = rows[name].dictionary_encode()
-            rows = rows.set_column(rows.schema.get_field_index(name), name, encoded)
-    return rows
-
-
-def _is_text(schema: pa.Schema, name: str) -> bool:
-    return name in schema.names and pa.types.is_string(schema.field(name).type)
-
-
-def _with_plain_text(rows: pa.Table) -> pa.Table:
-    """Text as `string`: files that Delta itself wrote have it of a type with few kernels."""
-    return rows.cast(pa.schema([field.with_type(_plain_type(field.type)) for field in rows.schema]))
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(kind):
-        return pa.list_(_plain_type(kind.value_type))
-    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 def _listed_files(table: DeltaTable) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from data_lake.tables import files_by_bucket, read_files
+from data_lake.parquet import read_files
+from data_lake.tables import files_by_bucket
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main

@@ -10,7 +10,8 @@ import ray.data
 from deltalake import DeltaTable
 
 from data_lake.errors import TableError
-from data_lake.tables import files_by_bucket, open_table, read_files, read_table, table_exists
+from data_lake.parquet import read_files
+from data_lake.tables import files_by_bucket, open_table, read_table, table_exists
 from ray_jobs.config import PipelineConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder

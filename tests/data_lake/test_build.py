@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 
 from data_lake.build import Bucket, Build, build_row, count_bucket, digest_of
+from data_lake.parquet import read_files
 from data_lake.schemas import TIMESTAMP, events_schema, sequences_schema, users_schema
 from data_lake.sequences import SequencesConfig
-from data_lake.tables import create_table, read_files, table_uri, write_part
+from data_lake.tables import create_table, table_uri, write_part
 
 ROWS = [("ann", "x", 3), ("ann", "y", 1), ("bob", "x", 2), ("eve", "z", 5), ("eve", "x", 6)]
 

@@ -25,6 +25,7 @@ from data_lake.maintenance import (
     run_here,
     vacuum,
 )
+from data_lake.parquet import read_files
 from data_lake.schemas import (
     TIMESTAMP,
     events_schema,
@@ -41,7 +42,6 @@ from data_lake.tables import (
     has_transaction,
     last_metadata,
     open_table,
-    read_files,
     read_table,
     table_uri,
     upsert,

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from data_lake.errors import ConflictError, LakeError, TableError
+from data_lake.parquet import read_files
 from data_lake.schemas import items_schema, users_schema
 from data_lake.storage import delete_file, list_folder, open_file, write_file
 from data_lake.tables import (
@@ -20,7 +21,6 @@ from data_lake.tables import (
     has_transaction,
     num_buckets_of,
     open_table,
-    read_files,
     read_table,
     table_exists,
     upsert,

@@ -12,6 +12,7 @@ from deltalake.exceptions import DeltaError
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
+from data_lake.parquet import read_files
 from data_lake.schemas import (
     TIMESTAMP,
     events_schema,
@@ -28,7 +29,6 @@ from data_lake.tables import (
     last_metadata,
     num_buckets_of,
     open_table,
-    read_files,
     read_table,
     table_exists,
     table_uri,
