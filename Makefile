@@ -52,7 +52,10 @@ format: setup  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 
 bench: setup  ## the benchmarks behind the README's figures
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.sequences
+	$(BIN)/python -m benchmarks.lake
 
 clean:  ## remove the environment and everything that demos wrote
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

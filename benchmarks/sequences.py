@@ -14,13 +14,13 @@ Writes `benchmarks/results/sequences-<events>.md`; the last line printed is one 
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -302,10 +302,7 @@ def _digest_batch(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _record(events: int, size_bytes: int, runs: dict[str, list[Run]], same: bool) -> None:
-    versions = subprocess.run(
-        [sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    shown = [line for line in versions if line.split("==")[0] in ("ray", "polars", "duckdb")]
+    versions = [f"{name} {metadata.version(name)}" for name in ("ray", "polars", "duckdb")]
     ours = median(run.seconds for run in runs["ours"])
     rows = []
     for engine, of_engine in runs.items():
@@ -321,7 +318,7 @@ def _record(events: int, size_bytes: int, runs: dict[str, list[Run]], same: bool
         "",
         f"`python -m benchmarks.sequences --events {events}`: {events // EVENTS_PER_USER:,} users, "
         f"{NUM_ITEMS:,} items, rows in random order, {size_bytes / 2**20:,.0f} MiB of Parquet.",
-        f"{machine()}; {', '.join(shown)}.",
+        f"{machine()}; {', '.join(versions)}.",
         "",
         "| engine | wall, s (median) | range | M events/s | beside ours | peak memory, GiB |",
         "|---|---|---|---|---|---|",
