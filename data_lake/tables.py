@@ -124,7 +124,9 @@ def num_buckets_of(table: DeltaTable) -> int:
     description = table.metadata().description
     number = json.loads(description).get(_NUM_BUCKETS) if description else None
     if number is None:
-        raise TableError(f"{table.table_uri} is not bucketed by user; ingest it with num_buckets.")
+        raise TableError(
+            f"{table.table_uri} is not bucketed by user; ingest it as a source of format 'delta'."
+        )
     return int(number)
 
 

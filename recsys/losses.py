@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from recsys.catalogue import NUM_SPECIAL
+from recsys.negatives import Negatives, NegativesConfig
 
 
 class LossConfig(BaseModel):
@@ -18,11 +19,27 @@ class LossConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["full-softmax", "sampled-softmax"] = "full-softmax"
-    num_negatives: int = Field(256, ge=1)
-    """sampled-softmax: uniform negatives, drawn once a batch and shared by its positions."""
+    kind: Literal["full-softmax", "sampled-softmax", "bce", "gbce"] = "full-softmax"
+    """full-softmax and sampled-softmax: cross-entropy; bce: each item by itself, as in SASRec;
+    gbce: the same, calibrated for the share of negatives that were drawn, as in gSASRec."""
+    negatives: NegativesConfig = NegativesConfig()
+    """All but full-softmax."""
+    calibration: float = Field(0.75, ge=0, le=1)
+    """gbce: `t`; 0 is bce, 1 makes scores those of a full softmax."""
     block_size: int = Field(2048, ge=1)
     """full-softmax: scored positions whose logits exist at the same time."""
+
+    @model_validator(mode="after")
+    def _has_its_own_parameters(self) -> "LossConfig":
+        mute = {
+            "negatives": self.kind == "full-softmax",
+            "calibration": self.kind != "gbce",
+            "block_size": self.kind != "full-softmax",
+        }
+        for name in sorted(self.model_fields_set):
+            if mute.get(name):
+                raise ValueError(f"{self.kind} has no {name}; leave it out")
+        return self
 
 
 class _FullSoftmax(torch.autograd.Function):
@@ -101,27 +118,48 @@ def full_softmax(
 
 
 def sampled_softmax(
-    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives_N: Tensor
+    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
 ) -> Tensor:
-    """Cross-entropy over the target and N negatives shared by all positions (Jean et al., 2015).
+    """Cross-entropy over the target and N negatives, each of which stands for as many items as it
+    was less likely than surely to be drawn (logQ correction; Jean et al., 2015, Yi et al., 2019).
 
-    Negatives are taken as uniform, so that the logQ correction is one constant: the N samples stand
-    for the `I - 1` items that are not the target. A negative that equals the target is masked.
+    A negative that equals the target is masked.
     """
     if len(targets_M) == 0:
-        return (hidden_MD.sum() + table_ID[:1].sum() * 0.0).float() * 0.0
-    num_others = len(table_ID) - NUM_SPECIAL - 1
-    positive_M = (hidden_MD * table_ID[targets_M].to(hidden_MD.dtype)).sum(1).float() + bias_I[
-        targets_M
-    ]
-    negative_MN = (hidden_MD @ table_ID[negatives_N].to(hidden_MD.dtype).T).float() + bias_I[
-        negatives_N
-    ]
-    correction = torch.log(torch.tensor(num_others / len(negatives_N), device=hidden_MD.device))
-    is_hit_MN = targets_M[:, None] == negatives_N
-    negative_MN = (negative_MN + correction).masked_fill(is_hit_MN, float("-inf"))
+        return _nothing(hidden_MD, table_ID)
+    positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
+    negative_MN = (negative_MN - negatives.log_expected).masked_fill(
+        negatives.items == targets_M[:, None], float("-inf")
+    )
     logits = torch.cat([positive_M[:, None], negative_MN], dim=1)
     return F.cross_entropy(logits, torch.zeros_like(targets_M))
+
+
+def binary_cross_entropy(
+    hidden_MD: Tensor,
+    table_ID: Tensor,
+    bias_I: Tensor,
+    targets_M: Tensor,
+    negatives: Negatives,
+    *,
+    calibration: float = 0.0,
+) -> Tensor:
+    """The target as a yes and N negatives as a no each; a mean over all `1 + N`.
+
+    With a `calibration` t above 0 this is gBCE (Petrov & Macdonald, 2023,
+    doi:10.1145/3604915.3608783): the probability of the target is raised to the power
+    `beta = a * (t * (1 - 1/a) + 1/a)`, `a = N / (I - 1)` being the share of negatives that were
+    drawn, so that sampling does not make the model overconfident. In closed form the target costs
+    `beta * softplus(-s)`. A negative that equals the target costs nothing.
+    """
+    if len(targets_M) == 0:
+        return _nothing(hidden_MD, table_ID)
+    positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
+    share = min(1.0, negatives.num / max(1, len(table_ID) - NUM_SPECIAL - 1))
+    beta = share * (calibration * (1 - 1 / share) + 1 / share)
+    costs_MN = F.softplus(negative_MN).masked_fill(negatives.items == targets_M[:, None], 0.0)
+    costs_M = beta * F.softplus(-positive_M) + costs_MN.sum(1)
+    return costs_M.mean() / (1 + negatives.num)
 
 
 def compute_loss(
@@ -130,15 +168,34 @@ def compute_loss(
     table_ID: Tensor,
     bias_I: Tensor,
     targets_M: Tensor,
-    generator: torch.Generator,
+    negatives: Negatives | None,
 ) -> Tensor:
+    """The configured loss; `negatives` are None for the full softmax alone."""
     if config.kind == "full-softmax":
         return full_softmax(hidden_MD, table_ID, bias_I, targets_M, block_size=config.block_size)
-    negatives_N = torch.randint(
-        NUM_SPECIAL,
-        len(table_ID),
-        (config.num_negatives,),
-        generator=generator,
-        device=hidden_MD.device,
+    assert negatives is not None
+    if config.kind == "sampled-softmax":
+        return sampled_softmax(hidden_MD, table_ID, bias_I, targets_M, negatives)
+    calibration = config.calibration if config.kind == "gbce" else 0.0
+    return binary_cross_entropy(
+        hidden_MD, table_ID, bias_I, targets_M, negatives, calibration=calibration
     )
-    return sampled_softmax(hidden_MD, table_ID, bias_I, targets_M, negatives_N)
+
+
+def _score(
+    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
+) -> tuple[Tensor, Tensor]:
+    """Scores of the targets `[M]` and of the negatives `[M, N]`, fp32."""
+    dtype, items = hidden_MD.dtype, negatives.items
+    positive_M = (hidden_MD * table_ID[targets_M].to(dtype)).sum(1).float() + bias_I[targets_M]
+    vectors = table_ID[items].to(dtype)
+    if items.dim() == 1:
+        negative_MN = hidden_MD @ vectors.T
+    else:
+        negative_MN = torch.einsum("md,mnd->mn", hidden_MD, vectors)
+    return positive_M, negative_MN.float() + bias_I[items]
+
+
+def _nothing(hidden_MD: Tensor, table_ID: Tensor) -> Tensor:
+    """A zero that every parameter has a part in, so that ranks agree on who has a gradient."""
+    return (hidden_MD.sum() + table_ID[:1].sum() * 0.0).float() * 0.0

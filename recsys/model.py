@@ -28,6 +28,10 @@ class ModelConfig(BaseModel):
     max_len: int = Field(50, ge=2)
     """Positions, the mask token of a bidirectional model included."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    block: Literal["transformer", "ligr"] = "transformer"
+    """ligr: residuals with a gate and SwiGLU, which stay trainable when layers are many."""
+    separate_output: bool = False
+    """Items are scored by vectors of their own instead of those that sequences are read with."""
     relative_bias: bool = False
     """Adds to attention what a head learned of the distance between two positions (Raffel et al.,
     2020). A mask token then finds its neighbours at once, wherever it stands."""
@@ -90,6 +94,31 @@ class Block(nn.Module):
         return masked
 
 
+class GatedBlock(Block):
+    """LiGR: what attention and the feed-forward net (SwiGLU) add passes a gate that reads their
+    input (Borisyuk et al., 2025, arXiv:2502.03417), as in eSASRec (Tikhonovich et al., 2025).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        dim = config.dim
+        self.widen = nn.Linear(dim, 2 * 4 * dim)
+        self.gate_attention = nn.Linear(dim, dim)
+        self.gate_mlp = nn.Linear(dim, dim)
+
+    def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
+        attended = self._attend(self.norm_attention(x_BLD), mask_BLL)
+        x_BLD = x_BLD + torch.sigmoid(self.gate_attention(x_BLD)) * self.dropout(attended)
+
+        gate, value = self.widen(self.norm_mlp(x_BLD)).chunk(2, dim=-1)
+        narrow = self.narrow(F.silu(gate) * value)
+        added: Tensor = x_BLD + torch.sigmoid(self.gate_mlp(x_BLD)) * self.dropout(narrow)
+        return added
+
+
+_BLOCKS = {"transformer": Block, "ligr": GatedBlock}
+
+
 class ContextEmbedding(nn.Module):
     """Sum of one embedding a field; the unknown code of a field is a vector of its own."""
 
@@ -119,6 +148,9 @@ class NextItemModel(nn.Module):
         super().__init__()
         self.config = config
         self.items = nn.Embedding(num_rows, config.dim, padding_idx=PAD)
+        self.outputs = (
+            nn.Embedding(num_rows, config.dim, padding_idx=PAD) if config.separate_output else None
+        )
         self.item_bias = nn.Parameter(torch.zeros(num_rows))
         self.positions = nn.Embedding(config.max_len, config.dim)
         self.context = ContextEmbedding(context_sizes, config.dim) if context_sizes else None
@@ -129,9 +161,14 @@ class NextItemModel(nn.Module):
             ContextEmbedding(context_sizes, config.dim) if context_sizes and is_causal else None
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(_BLOCKS[config.block](config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.apply(_initialise)
+
+    @property
+    def output_table_ID(self) -> Tensor:
+        """The vectors that states are compared with."""
+        return self.items.weight if self.outputs is None else self.outputs.weight
 
     def forward(self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor) -> Tensor:
         """States `[B, L, D]`.
@@ -159,7 +196,8 @@ class NextItemModel(nn.Module):
 
     def scores(self, hidden_BD: Tensor) -> Tensor:
         """Scores `[B, I]`; padding and mask are -inf."""
-        scores_BI = (hidden_BD @ self.items.weight.to(hidden_BD.dtype).T).float() + self.item_bias
+        table_ID = self.output_table_ID.to(hidden_BD.dtype)
+        scores_BI = (hidden_BD @ table_ID.T).float() + self.item_bias
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
 

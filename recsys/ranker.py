@@ -77,7 +77,9 @@ class Ranker:
         self._index = ItemIndex(artifact.catalogue)
         self._context = artifact.context
         self._encode = _encoder(backend, artifact.path, self._model)
-        self._inverse_norms_I = 1 / self._model.items.weight.detach().norm(dim=1).clamp(min=1e-12)
+        self._inverse_norms_I = 1 / self._model.output_table_ID.detach().norm(dim=1).clamp(
+            min=1e-12
+        )
         self._blocked_mask = lru_cache(maxsize=64)(self._compute_blocked)
         self.info = RankerInfo(
             artifact.version, artifact.catalogue.num_items, str(self._device), backend
@@ -147,7 +149,7 @@ class Ranker:
         return self._model.scores(hidden_BD)
 
     def _cosines(self, items_B: Tensor) -> Tensor:
-        table_ID = self._model.items.weight
+        table_ID = self._model.output_table_ID
         scores_BI: Tensor = (table_ID[items_B] @ table_ID.T) * self._inverse_norms_I
         scores_BI *= self._inverse_norms_I[items_B, None]
         scores_BI[:, :NUM_SPECIAL] = float("-inf")

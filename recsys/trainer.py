@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from recsys.batches import Batch, Windows, make_batch
 from recsys.errors import TrainingError
 from recsys.evaluation import rank_targets
+from recsys.interactions import training_counts
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
+from recsys.negatives import NegativeSampler
 from recsys.recipe import OptimiserConfig, Recipe
 from recsys.scorer import ModelScorer
 from recsys.splits import Split
@@ -100,6 +102,12 @@ class Trainer:
         self._windows = Windows(store, split, window, device)
         if len(self._windows) == 0:
             raise TrainingError("No user has two training events; there is nothing to learn from.")
+        self._sampler = None
+        if recipe.loss.kind != "full-softmax":
+            counts_I = training_counts(store, split, len(self.model.item_bias))
+            self._sampler = NegativeSampler(
+                recipe.loss.negatives, torch.from_numpy(counts_I).to(device)
+            )
         self._validation_users = _sample_users(split.validation_U, config.validation_users, seed)
         self._replica = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
         self._optimiser = make_optimiser(self.model, recipe.optimiser)
@@ -195,9 +203,10 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden_BLD = self._replica(batch.items_BL, batch.context_BLF, batch.request_BLF)
         hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(self.dtype)
-        table_ID, bias_I = self.model.items.weight, self.model.item_bias
+        table_ID, bias_I = self.model.output_table_ID, self.model.item_bias
+        negatives = self._sampler.draw(batch.targets_M, generator) if self._sampler else None
         loss = compute_loss(
-            self.recipe.loss, hidden_MD, table_ID, bias_I, batch.targets_M, generator
+            self.recipe.loss, hidden_MD, table_ID, bias_I, batch.targets_M, negatives
         )
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss * self._weight_of(batch))

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
-from recsys.losses import LossConfig, compute_loss, full_softmax, sampled_softmax
+from recsys.losses import (
+    LossConfig,
+    binary_cross_entropy,
+    compute_loss,
+    full_softmax,
+    sampled_softmax,
+)
+from recsys.negatives import Negatives
 
 _BIAS = torch.zeros(4)
 
@@ -54,50 +62,95 @@ def test_no_scored_position_gives_zero_loss_and_zero_gradient():
     assert not table.grad.any()
 
 
-def test_sampled_softmax_corrects_for_the_items_that_were_not_drawn():
+def drawn(*items, expected=None):
+    """Negatives `[N]` or, from lists, `[M, N]`, each expected as often as given or once."""
+    items = torch.tensor(items)
+    return Negatives(items, torch.full(items.shape, math.log(1 if expected is None else expected)))
+
+
+def flat(num_rows=6):
+    """One position for which every item scores 0."""
+    return torch.zeros(1, 2), torch.zeros(num_rows, 2), torch.zeros(num_rows)
+
+
+def test_sampled_softmax_lets_a_negative_stand_for_those_that_were_not_drawn():
     # Four items, all scores 0: one negative stands for the three others, so the loss is log(1 + 3).
-    loss = sampled_softmax(
-        torch.zeros(1, 2), torch.zeros(6, 2), torch.zeros(6), torch.tensor([2]), torch.tensor([4])
-    )
+    loss = sampled_softmax(*flat(), torch.tensor([2]), drawn(4, expected=1 / 3))
     assert loss.item() == pytest.approx(math.log(4))
 
 
 def test_sampled_softmax_ignores_a_negative_that_is_the_target():
-    loss = sampled_softmax(
-        torch.zeros(1, 2), torch.zeros(6, 2), torch.zeros(6), torch.tensor([2]), torch.tensor([2])
-    )
-    assert loss.item() == 0
+    assert sampled_softmax(*flat(), torch.tensor([2]), drawn(2)).item() == 0
 
 
 def test_sampled_softmax_with_every_item_once_equals_the_full_softmax():
     generator = torch.Generator().manual_seed(1)
     hidden, table = torch.randn(3, 4, generator=generator), torch.randn(8, 4, generator=generator)
-    targets, bias = torch.tensor([2, 5, 7]), torch.zeros(8)
-    # Drawn are all six items; for each target its own is masked, five remain and stand for five.
-    sampled = sampled_softmax(hidden, table, bias, targets, torch.arange(2, 8))
+    targets, bias = torch.tensor([2, 5, 7]), torch.randn(8, generator=generator)
+    sampled = sampled_softmax(hidden, table, bias, targets, drawn(*range(2, 8)))
     full = full_softmax(hidden, table, bias, targets)
-    corrected = math.log(5 / 6)
-    assert sampled.item() == pytest.approx(
-        F.cross_entropy(
-            _shifted((hidden @ table.T)[:, 2:], targets - 2, corrected), targets - 2
-        ).item(),
-        abs=1e-5,
+    assert sampled.item() == pytest.approx(full.item(), abs=1e-5)
+
+
+def test_binary_cross_entropy_by_hand():
+    # Scores 1 for the target, 0 and 2 for two negatives: a mean over three questions.
+    table = torch.tensor([[9.0], [9.0], [1.0], [0.0], [2.0]])
+    loss = binary_cross_entropy(
+        torch.ones(1, 1), table, torch.zeros(5), torch.tensor([2]), drawn(3, 4)
     )
-    assert abs(sampled.item() - full.item()) < 0.2
+    by_hand = math.log(1 + math.exp(-1)) + math.log(2) + math.log(1 + math.exp(2))
+    assert loss.item() == pytest.approx(by_hand / 3)
 
 
-def test_the_generator_decides_the_negatives():
-    hidden, table, bias = torch.ones(2, 3), torch.randn(50, 3), torch.zeros(50)
-    config = LossConfig(kind="sampled-softmax", num_negatives=5)
-    targets = torch.tensor([2, 3])
-    losses = [
-        compute_loss(config, hidden, table, bias, targets, torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
-    assert losses[0] == losses[1]
-    assert losses[0] != losses[2]
+def test_gbce_counts_the_target_less_the_fewer_negatives_are_drawn():
+    # Five items, one negative: a = 1/4. At t = 1 beta is a, at t = 0 it is 1, half way 0.625.
+    for calibration, beta in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
+        loss = binary_cross_entropy(*flat(7), torch.tensor([2]), drawn(4), calibration=calibration)
+        assert loss.item() == pytest.approx((beta + 1) * math.log(2) / 2)
 
 
-def _shifted(logits, targets, amount):
-    shifted = logits + amount
-    return shifted.scatter_add(1, targets[:, None], torch.full((len(targets), 1), -amount))
+def test_a_negative_that_is_the_target_costs_nothing():
+    loss = binary_cross_entropy(*flat(), torch.tensor([2]), drawn(2, 3))
+    assert loss.item() == pytest.approx(2 * math.log(2) / 3)
+
+
+@pytest.mark.parametrize("kind", ["sampled-softmax", "bce", "gbce"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_agree_with_finite_differences(kind, shared):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(9, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([2, 5, 8])
+    negatives = drawn(3, 5, 6) if shared else drawn([3, 4], [5, 6], [7, 8])
+    config = LossConfig(kind=kind)
+
+    def loss_of(*leaves):
+        # Scores are taken in fp32, so differences are taken wide.
+        return compute_loss(config, *leaves, targets, negatives).double()
+
+    assert torch.autograd.gradcheck(
+        loss_of, (hidden, table, bias), eps=1e-2, atol=2e-3, nondet_tol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["sampled-softmax", "bce", "gbce"])
+def test_no_scored_position_costs_nothing_and_reaches_every_parameter(kind):
+    hidden = torch.zeros(0, 2, requires_grad=True)
+    table = torch.randn(5, 2, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.int64)
+    loss = compute_loss(LossConfig(kind=kind), hidden, table, torch.zeros(5), targets, drawn(2, 3))
+    loss.backward()
+    assert loss.item() == 0
+    assert table.grad is not None
+    assert not table.grad.any()
+
+
+def test_a_parameter_of_another_loss_is_refused():
+    for kind, wrong in (
+        ("full-softmax", {"negatives": {"num": 3}}),
+        ("bce", {"calibration": 0.5}),
+        ("sampled-softmax", {"block_size": 9}),
+    ):
+        with pytest.raises(ValidationError, match=f"{kind} has no {next(iter(wrong))}"):
+            LossConfig(kind=kind, **wrong)

@@ -24,9 +24,10 @@ def _inputs(items):
     return items_BL, context_BLF * (items_BL != PAD)[..., None], torch.zeros_like(context_BLF)
 
 
+@pytest.mark.parametrize("block", ["transformer", "ligr"])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_padding_changes_nothing(attention):
-    model = _model(attention)
+def test_padding_changes_nothing(attention, block):
+    model = _model(attention, block=block)
     short = model(*_inputs([[5, 6, 7]]))
     padded = model(*_inputs([[PAD, PAD, 5, 6, 7]]))
     torch.testing.assert_close(short, padded[:, 2:])
@@ -79,6 +80,33 @@ def test_padding_and_mask_are_never_recommended():
 def test_a_row_of_padding_alone_gives_no_nan():
     states = _model("causal")(*_inputs([[PAD, PAD], [5, 6]]))
     assert torch.isfinite(states).all()
+
+
+def test_a_closed_gate_lets_nothing_through():
+    model = _model("causal", block="ligr")
+    items = _inputs([[5, 6, 7]])
+    before = model(*items)
+    with torch.no_grad():
+        for block in model.blocks:
+            for gate in (block.gate_attention, block.gate_mlp):
+                gate.weight.zero_()
+                gate.bias.fill_(-1e4)
+    closed = model(*items)
+    assert not torch.allclose(before, closed)
+    # What is left is the embedding of each position by itself.
+    torch.testing.assert_close(closed[:, :2], model(*_inputs([[5, 6, 9]]))[:, :2])
+    alone = model(*_inputs([[PAD, PAD, 7]]))
+    torch.testing.assert_close(closed[:, 2], alone[:, 2])
+
+
+def test_separate_outputs_score_items_by_vectors_of_their_own():
+    model = _model("causal", separate_output=True)
+    hidden = torch.randn(2, 16)
+    expected = hidden @ model.outputs.weight.T + model.item_bias
+    torch.testing.assert_close(model.scores(hidden)[:, 2:], expected[:, 2:])
+    assert not torch.equal(model.outputs.weight, model.items.weight)
+    shared = _model()
+    assert shared.output_table_ID is shared.items.weight
 
 
 def test_a_width_that_heads_do_not_divide_is_refused():

@@ -37,13 +37,14 @@ def _cycles(num_users=60, length=12):
     )
 
 
-def _trainer(recipe_name="bert4rec", *, store=None, **config):
+def _trainer(recipe_name="bert4rec", *, store=None, loss=None, **config):
     store = store or _cycles()
     recipe = read_recipe(
         recipe_name,
         {
             "batch_size": 16,
-            "model": {"dim": 32, "max_len": 12},
+            "model": {"dim": 32, "max_len": 12, "dropout": 0.1},
+            "loss": loss or {},
             "optimiser": {"learning_rate": 5e-3},
         },
     )
@@ -61,10 +62,20 @@ def _trainer(recipe_name="bert4rec", *, store=None, **config):
     )
 
 
-@pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce"])
-def test_a_certain_next_item_is_learned(recipe):
-    trainer = _trainer(recipe, max_epochs=25)
-    reports = [trainer.train_epoch() for _ in range(25)]
+@pytest.mark.parametrize(
+    ("recipe", "loss", "max_epochs"),
+    [
+        ("bert4rec", {}, 25),
+        ("sasrec-ce", {}, 25),
+        ("esasrec", {}, 25),
+        # With a yes or no for each item they start late.
+        ("sasrec", {}, 60),
+        ("gsasrec", {"negatives": {"num": 5}}, 60),
+    ],
+)
+def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
+    trainer = _trainer(recipe, loss=loss, max_epochs=max_epochs)
+    reports = [trainer.train_epoch() for _ in range(max_epochs)]
     assert reports[-1].loss < 0.8 * reports[0].loss
     # Ten items are left when those seen are out: at random NDCG@10 is 0.45.
     assert reports[-1].ndcg10 > 0.9

@@ -1,0 +1,96 @@
+"""Negatives for the losses that do not look at the whole catalogue: which items, and how often each
+was to be expected, which is what a sampled softmax corrects for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from recsys.catalogue import NUM_SPECIAL
+
+
+class NegativesConfig(BaseModel):
+    """Where negatives come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["uniform", "popularity", "in-batch", "mixed"] = "uniform"
+    """uniform: any item alike; popularity: by training events; in-batch: the targets of the batch
+    (Hidasi et al., 2016); mixed: uniform ones and the targets of the batch (Yang et al., 2020)."""
+    num: int = Field(256, ge=1)
+    """Drawn negatives, beside those that the batch brings."""
+    shared: bool = True
+    """Drawn once a batch for all its positions; else anew for each, which costs a vector each."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "NegativesConfig":
+        if not self.shared and self.source in ("in-batch", "mixed"):
+            raise ValueError(f"{self.source} negatives are shared by the batch; leave shared on")
+        return self
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Items `[N]` for all positions or `[M, N]` for each, and of the same shape the logarithm of
+    how often an item is expected among the N.
+    """
+
+    items: Tensor
+    log_expected: Tensor
+
+    @property
+    def num(self) -> int:
+        return self.items.shape[-1]
+
+
+class NegativeSampler:
+    """Draws the negatives of a batch.
+
+    Args:
+        counts_I: training events of each row of the item table, int64.
+    """
+
+    def __init__(self, config: NegativesConfig, counts_I: Tensor) -> None:
+        self.config = config
+        counts_I = counts_I.double()
+        counts_I[:NUM_SPECIAL] = 0
+        self._share_I = (counts_I / counts_I.sum().clamp(min=1)).float()
+        self._sums_I = counts_I.cumsum(0)
+        # A uniform sample stands for the items that are not the target.
+        self._num_others = max(1, len(counts_I) - NUM_SPECIAL - 1)
+
+    def draw(self, targets_M: Tensor, generator: torch.Generator) -> Negatives:
+        """Negatives for these positions; one may equal a target, and counts as none there."""
+        source, num = self.config.source, self.config.num
+        shape = (num,) if self.config.shared else (len(targets_M), num)
+        if source == "uniform":
+            items = self._uniform(shape, generator)
+            return Negatives(items, torch.log(self._expected_uniform(items)))
+        if source == "popularity":
+            items = self._popular(shape, generator)
+            return Negatives(items, torch.log(num * self._share_I[items]))
+        expected_in_batch = len(targets_M) * self._share_I
+        if source == "in-batch":
+            return Negatives(targets_M, torch.log(expected_in_batch[targets_M]))
+        items = torch.cat([self._uniform(shape, generator), targets_M])
+        expected = self._expected_uniform(items) + expected_in_batch[items]
+        return Negatives(items, torch.log(expected))
+
+    def _uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        num_rows, device = len(self._share_I), self._share_I.device
+        return torch.randint(NUM_SPECIAL, num_rows, shape, generator=generator, device=device)
+
+    def _expected_uniform(self, items: Tensor) -> Tensor:
+        expected = self.config.num / self._num_others
+        return torch.full(items.shape, expected, device=items.device)
+
+    def _popular(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        # By inversion: torch.multinomial takes no more than 2^24 items.
+        uniform = torch.rand(
+            shape, generator=generator, device=self._sums_I.device, dtype=torch.float64
+        )
+        drawn = torch.searchsorted(self._sums_I, uniform * self._sums_I[-1], right=True)
+        return drawn.clamp(NUM_SPECIAL, len(self._sums_I) - 1)
