@@ -127,7 +127,8 @@ def _reason(error: Exception) -> str:
 def _without_secrets(text: str, options: Options | None) -> str:
     text = re.sub(r"://[^/@\s]+@", "://***@", text)
     for name, value in (options or {}).items():
-        if value and any(word in name.lower() for word in _SECRETS):
+        # What is shorter is no secret, and would be found in any word.
+        if len(value) >= 4 and any(word in name.lower() for word in _SECRETS):
             text = text.replace(value, "***")
     return text
 
