@@ -185,8 +185,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _post(self, key: str, query: dict[str, str], content: bytes) -> None:
         if "delete" in query:
-            self.store.delete(*(unquote(name) for name in _texts(content, "Key")))
-            return self._send(200, "<DeleteResult></DeleteResult>")
+            keys = _texts(content, "Key")
+            self.store.delete(*(unquote(key) for key in keys))
+            deleted = (f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
+            return self._send(200, f"<DeleteResult>{''.join(deleted)}</DeleteResult>")
         if "uploads" in query:
             inner = f"<UploadId>{self.store.begin_upload()}</UploadId>"
             tag = "InitiateMultipartUploadResult"

@@ -6,10 +6,13 @@ import multiprocessing
 import socket
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, LakeError, TableError
+from data_lake.maintenance import checkpoint, compact, find_user, forget_users, vacuum
 from data_lake.parquet import read_files
 from data_lake.schemas import items_schema, users_schema
 from data_lake.storage import delete_file, list_folder, open_file, write_file
@@ -122,6 +125,23 @@ def test_vacuum_names_what_no_version_needs(options, lake):
     assert gone == [part.path]
     with open_file(f"{lake}/users/{part.path}", options) as file:
         assert file.size() == part.size_bytes
+
+
+def test_upkeep_of_a_lake_in_a_store_merges_forgets_and_deletes(options, lake):
+    table = create_users(lake, options)
+    one, two, three = np.flatnonzero(bucket_of(pa.array(range(50)), 4) == 3)[:3].tolist()
+    for user in (one, two, three):
+        commit_parts(table, [write_part(lake, "users", some_users(user), 3, options)])
+    assert forget_users(lake, "users", (str(two),), options) == 1
+    compact(lake, "users", 2**20, options)
+    (kept,) = bucket_files(open_table(lake, "users", options), 3)
+    vacuum(lake, "users", 0, options)
+    checkpoint(lake, "users", options)
+
+    assert segments(lake, options) == {one: "new", three: "new"}
+    assert find_user(lake, str(two), options) == []
+    left = [file.base_name for file in list_folder(f"{lake}/users/user_bucket=3", options)]
+    assert left == [kept.rpartition("/")[2]]
 
 
 def test_columns_are_added_without_writing_a_file_anew(options, lake):
