@@ -128,8 +128,9 @@ def sampled_softmax(
     if len(targets_M) == 0:
         return _nothing(hidden_MD, table_ID)
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
-    negative_MN = (negative_MN - negatives.log_expected).masked_fill(
-        negatives.items == targets_M[:, None], float("-inf")
+    log_expected_MN = negatives.per_position(negatives.log_expected_GN, len(targets_M))
+    negative_MN = (negative_MN - log_expected_MN).masked_fill(
+        _is_target(negatives, targets_M), float("-inf")
     )
     logits = torch.cat([positive_M[:, None], negative_MN], dim=1)
     return F.cross_entropy(logits, torch.zeros_like(targets_M))
@@ -157,7 +158,7 @@ def binary_cross_entropy(
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
     share = min(1.0, negatives.num / max(1, len(table_ID) - NUM_SPECIAL - 1))
     beta = share * (calibration * (1 - 1 / share) + 1 / share)
-    costs_MN = F.softplus(negative_MN).masked_fill(negatives.items == targets_M[:, None], 0.0)
+    costs_MN = F.softplus(negative_MN).masked_fill(_is_target(negatives, targets_M), 0.0)
     costs_M = beta * F.softplus(-positive_M) + costs_MN.sum(1)
     return costs_M.mean() / (1 + negatives.num)
 
@@ -186,14 +187,19 @@ def _score(
     hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
 ) -> tuple[Tensor, Tensor]:
     """Scores of the targets `[M]` and of the negatives `[M, N]`, fp32."""
-    dtype, items = hidden_MD.dtype, negatives.items
+    dtype, (M, D), items_GN = hidden_MD.dtype, hidden_MD.shape, negatives.items_GN
     positive_M = (hidden_MD * table_ID[targets_M].to(dtype)).sum(1).float() + bias_I[targets_M]
-    vectors = table_ID[items].to(dtype)
-    if items.dim() == 1:
-        negative_MN = hidden_MD @ vectors.T
-    else:
-        negative_MN = torch.einsum("md,mnd->mn", hidden_MD, vectors)
-    return positive_M, negative_MN.float() + bias_I[items]
+    # Groups of equal size, the last one filled up: one product of matrices a group.
+    group_size = -(-M // len(items_GN))
+    filled_MD = F.pad(hidden_MD, (0, 0, 0, group_size * len(items_GN) - M))
+    hidden_GPD = filled_MD.view(len(items_GN), group_size, D)
+    negative_GPN = hidden_GPD @ table_ID[items_GN].to(dtype).transpose(1, 2)
+    negative_GPN = negative_GPN.float() + bias_I[items_GN][:, None]
+    return positive_M, negative_GPN.flatten(0, 1)[:M]
+
+
+def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:
+    return negatives.per_position(negatives.items_GN, len(targets_M)) == targets_M[:, None]
 
 
 def _nothing(hidden_MD: Tensor, table_ID: Tensor) -> Tensor:

@@ -22,28 +22,33 @@ class NegativesConfig(BaseModel):
     (Hidasi et al., 2016); mixed: uniform ones and the targets of the batch (Yang et al., 2020)."""
     num: int = Field(256, ge=1)
     """Drawn negatives, beside those that the batch brings."""
-    shared: bool = True
-    """Drawn once a batch for all its positions; else anew for each, which costs a vector each."""
+    group_size: int | None = Field(None, ge=1)
+    """Consecutive scored positions that share a draw, None: all of the batch. Smaller groups give
+    a quieter gradient, without which binary losses hardly start, and cost more vectors."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NegativesConfig":
-        if not self.shared and self.source in ("in-batch", "mixed"):
-            raise ValueError(f"{self.source} negatives are shared by the batch; leave shared on")
+        if self.group_size is not None and self.source in ("in-batch", "mixed"):
+            raise ValueError(f"{self.source} negatives belong to the batch; leave out group_size")
         return self
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """Items `[N]` for all positions or `[M, N]` for each, and of the same shape the logarithm of
-    how often an item is expected among the N.
-    """
+    """N negatives for each of G groups of consecutive positions, the last of which may be short."""
 
-    items: Tensor
-    log_expected: Tensor
+    items_GN: Tensor
+    log_expected_GN: Tensor
+    """Logarithm of how often an item is expected among the N."""
 
     @property
     def num(self) -> int:
-        return self.items.shape[-1]
+        return self.items_GN.shape[1]
+
+    def per_position(self, values_GN: Tensor, num_positions: int) -> Tensor:
+        """The values of each position's group, `[M, N]`."""
+        group_size = -(-num_positions // max(1, len(values_GN)))
+        return values_GN.repeat_interleave(group_size, 0)[:num_positions]
 
 
 class NegativeSampler:
@@ -65,7 +70,8 @@ class NegativeSampler:
     def draw(self, targets_M: Tensor, generator: torch.Generator) -> Negatives:
         """Negatives for these positions; one may equal a target, and counts as none there."""
         source, num = self.config.source, self.config.num
-        shape = (num,) if self.config.shared else (len(targets_M), num)
+        num_groups = -(-len(targets_M) // (self.config.group_size or max(1, len(targets_M))))
+        shape = (num_groups, num)
         if source == "uniform":
             items = self._uniform(shape, generator)
             return Negatives(items, torch.log(self._expected_uniform(items)))
@@ -74,8 +80,9 @@ class NegativeSampler:
             return Negatives(items, torch.log(num * self._share_I[items]))
         expected_in_batch = len(targets_M) * self._share_I
         if source == "in-batch":
-            return Negatives(targets_M, torch.log(expected_in_batch[targets_M]))
-        items = torch.cat([self._uniform(shape, generator), targets_M])
+            items = targets_M[None]
+            return Negatives(items, torch.log(expected_in_batch[items]))
+        items = torch.cat([self._uniform((1, num), generator), targets_M[None]], dim=1)
         expected = self._expected_uniform(items) + expected_in_batch[items]
         return Negatives(items, torch.log(expected))
 

@@ -31,6 +31,8 @@ from data_lake.tables import (
 )
 from tests.s3_server import BUCKET, SECRET_KEY, options_for, running_store
 
+pytestmark = pytest.mark.slow
+
 _NUM_PROCESSES = 3
 _COMMITS_EACH = 4
 

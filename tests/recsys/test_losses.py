@@ -63,8 +63,8 @@ def test_no_scored_position_gives_zero_loss_and_zero_gradient():
 
 
 def drawn(*items, expected=None):
-    """Negatives `[N]` or, from lists, `[M, N]`, each expected as often as given or once."""
-    items = torch.tensor(items)
+    """Negatives of one group or, from lists, of several, expected as often as given or once."""
+    items = torch.atleast_2d(torch.tensor(items))
     return Negatives(items, torch.full(items.shape, math.log(1 if expected is None else expected)))
 
 
@@ -109,20 +109,35 @@ def test_gbce_counts_the_target_less_the_fewer_negatives_are_drawn():
         assert loss.item() == pytest.approx((beta + 1) * math.log(2) / 2)
 
 
+@pytest.mark.parametrize("kind", ["sampled-softmax", "gbce"])
+def test_each_position_is_held_against_the_negatives_of_its_group(kind):
+    generator = torch.Generator().manual_seed(3)
+    hidden, table = torch.randn(5, 4, generator=generator), torch.randn(12, 4, generator=generator)
+    targets, bias = torch.tensor([2, 5, 7, 3, 9]), torch.randn(12, generator=generator)
+    config, groups = LossConfig(kind=kind), [[3, 4], [5, 6], [10, 11]]
+
+    def loss_of(rows, *negatives):
+        return compute_loss(config, hidden[rows], table, bias, targets[rows], drawn(*negatives))
+
+    together = loss_of(slice(0, 5), *groups)
+    apart = [loss_of(slice(n, n + 1), groups[n // 2]) for n in range(5)]
+    assert together.item() == pytest.approx(torch.stack(apart).mean().item(), abs=1e-6)
+
+
 def test_a_negative_that_is_the_target_costs_nothing():
     loss = binary_cross_entropy(*flat(), torch.tensor([2]), drawn(2, 3))
     assert loss.item() == pytest.approx(2 * math.log(2) / 3)
 
 
 @pytest.mark.parametrize("kind", ["sampled-softmax", "bce", "gbce"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradients_agree_with_finite_differences(kind, shared):
+@pytest.mark.parametrize("groups", [[[3, 5, 6]], [[3, 4], [5, 6]], [[3, 4], [5, 6], [7, 8]]])
+def test_gradients_agree_with_finite_differences(kind, groups):
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     table = torch.randn(9, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([2, 5, 8])
-    negatives = drawn(3, 5, 6) if shared else drawn([3, 4], [5, 6], [7, 8])
+    negatives = drawn(*groups)
     config = LossConfig(kind=kind)
 
     def loss_of(*leaves):

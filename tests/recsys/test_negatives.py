@@ -23,44 +23,46 @@ def shares(items):
 
 def test_uniform_negatives_are_any_item_and_never_padding_or_mask():
     negatives = draw(num=40_000)
-    assert shares(negatives.items)[2:].tolist() == pytest.approx([0.25] * 4, abs=0.01)
+    assert shares(negatives.items_GN)[2:].tolist() == pytest.approx([0.25] * 4, abs=0.01)
     # 40,000 samples stand for the three items that are not the target.
-    assert negatives.log_expected[0].item() == pytest.approx(math.log(40_000 / 3))
+    assert negatives.log_expected_GN[0, 0].item() == pytest.approx(math.log(40_000 / 3))
 
 
 def test_popular_items_are_drawn_by_their_training_events():
     negatives = draw(source="popularity", num=40_000)
     expected = [0, 0, 0, 1 / 8, 3 / 8, 4 / 8]
-    assert shares(negatives.items).tolist() == pytest.approx(expected, abs=0.01)
-    row = int((negatives.items == 4).nonzero()[0])
-    assert negatives.log_expected[row].item() == pytest.approx(math.log(40_000 * 3 / 8))
+    assert shares(negatives.items_GN).tolist() == pytest.approx(expected, abs=0.01)
+    column = int((negatives.items_GN[0] == 4).nonzero()[0])
+    assert negatives.log_expected_GN[0, column].item() == pytest.approx(math.log(40_000 * 3 / 8))
 
 
 def test_the_targets_of_the_batch_are_its_negatives():
     negatives = draw(source="in-batch")
-    assert negatives.items.tolist() == TARGETS.tolist()
+    assert negatives.items_GN.tolist() == [TARGETS.tolist()]
     expected = [3 * 3 / 8, 3 * 3 / 8, 3 * 4 / 8]
-    assert negatives.log_expected.exp().tolist() == pytest.approx(expected)
+    assert negatives.log_expected_GN[0].exp().tolist() == pytest.approx(expected)
 
 
 def test_mixed_negatives_are_both_and_so_is_what_was_expected_of_them():
     negatives = draw(source="mixed", num=2)
     assert negatives.num == 5
-    assert negatives.items[2:].tolist() == TARGETS.tolist()
-    assert negatives.log_expected[4].exp().item() == pytest.approx(2 / 3 + 3 * 4 / 8)
+    assert negatives.items_GN[0, 2:].tolist() == TARGETS.tolist()
+    assert negatives.log_expected_GN[0, 4].exp().item() == pytest.approx(2 / 3 + 3 * 4 / 8)
 
 
-def test_each_position_may_have_its_own():
-    negatives = draw(num=50, shared=False)
-    assert negatives.items.shape == negatives.log_expected.shape == (3, 50)
-    assert not torch.equal(negatives.items[0], negatives.items[1])
-    with pytest.raises(ValidationError, match="in-batch negatives are shared"):
-        NegativesConfig(source="in-batch", shared=False)
+def test_positions_share_a_draw_by_groups():
+    negatives = draw(num=50, group_size=2)
+    assert negatives.items_GN.shape == negatives.log_expected_GN.shape == (2, 50)
+    assert not torch.equal(negatives.items_GN[0], negatives.items_GN[1])
+    of_positions = negatives.per_position(negatives.items_GN, 3)
+    assert torch.equal(of_positions, negatives.items_GN[[0, 0, 1]])
+    with pytest.raises(ValidationError, match="in-batch negatives belong to the batch"):
+        NegativesConfig(source="in-batch", group_size=1)
 
 
 def test_the_generator_decides():
-    assert torch.equal(draw(1, num=9).items, draw(1, num=9).items)
-    assert not torch.equal(draw(1, num=9).items, draw(2, num=9).items)
+    assert torch.equal(draw(1, num=9).items_GN, draw(1, num=9).items_GN)
+    assert not torch.equal(draw(1, num=9).items_GN, draw(2, num=9).items_GN)
 
 
 def test_expectations_are_those_of_many_draws():
@@ -69,10 +71,10 @@ def test_expectations_are_those_of_many_draws():
         sampler = NegativeSampler(NegativesConfig(source=source, num=3), COUNTS.clone())
         generator = torch.Generator().manual_seed(3)
         draws = [sampler.draw(TARGETS, generator) for _ in range(4_000)]
-        items = torch.stack([one.items for one in draws])
+        items = torch.stack([one.items_GN for one in draws])
         # A uniform sample stands for one item less than there are: the target is not among them.
         correction = 4 / 3 if source == "uniform" else 1
         for item in (3, 4, 5):
-            expected = torch.stack([one.log_expected for one in draws])[items == item][0].exp()
+            expected = torch.stack([one.log_expected_GN for one in draws])[items == item][0].exp()
             came = (items == item).sum() / len(draws) * correction
             assert came.item() == pytest.approx(expected.item(), rel=0.1)

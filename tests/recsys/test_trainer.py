@@ -70,7 +70,7 @@ def _trainer(recipe_name="bert4rec", *, store=None, loss=None, **config):
         ("esasrec", {}, 25),
         # With a yes or no for each item they start late.
         ("sasrec", {}, 60),
-        ("gsasrec", {"negatives": {"num": 5}}, 60),
+        ("gsasrec", {"negatives": {"num": 5, "group_size": 11}}, 60),
     ],
 )
 def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
