@@ -23,8 +23,10 @@ class NegativesConfig(BaseModel):
     num: int = Field(256, ge=1)
     """Drawn negatives, beside those that the batch brings."""
     group_size: int | None = Field(None, ge=1)
-    """Consecutive scored positions that share a draw, None: all of the batch. Smaller groups give
-    a quieter gradient, without which binary losses hardly start, and cost more vectors."""
+    """About so many consecutive scored positions share a draw, None: all of the batch. Smaller
+    groups give a quieter gradient and cost more vectors. On MovieLens-1M an epoch of a sampled
+    softmax takes as long with a draw a sequence as with one a batch, and brings twice as much;
+    binary losses hardly start without."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NegativesConfig":
