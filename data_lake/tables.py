@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -156,23 +156,22 @@ def commit_parts(
     table: DeltaTable,
     parts: Sequence[Part],
     *,
-    mode: Literal["append", "overwrite"] = "append",
     removes: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
     transactions: Sequence[tuple[str, int]] = (),
 ) -> int:
     """Makes parts visible in one commit, and returns the table's new version.
 
-    `removes` are URIs of files, as `files_by_bucket` gives them, that leave an appended table in
-    the same commit.
+    `removes` are URIs of files, as `files_by_bucket` gives them, that leave in the same commit.
 
-    Raises: ConflictError when another writer overwrote the table, removed one of the same files, or
-        committed a transaction of the same name, since `table` was opened.
+    Raises: ConflictError when another writer removed one of the same files, or committed a
+        transaction of the same name, since `table` was opened. That deltalake's own compaction
+        removed one goes unnoticed.
     """
     with reaching(table.table_uri), _losing(table):
         table.create_write_transaction(
             actions=[*(part.add_action() for part in parts), *_remove_actions(table, removes)],
-            mode=mode,
+            mode="append",
             schema=table.schema(),
             partition_by=table.metadata().partition_columns or None,
             commit_properties=_properties(metadata or {}, transactions),

@@ -24,9 +24,8 @@ class NegativesConfig(BaseModel):
     """Drawn negatives, beside those that the batch brings."""
     group_size: int | None = Field(None, ge=1)
     """About so many consecutive scored positions share a draw, None: all of the batch. Smaller
-    groups give a quieter gradient and cost more vectors. On MovieLens-1M an epoch of a sampled
-    softmax takes as long with a draw a sequence as with one a batch, and brings twice as much;
-    binary losses hardly start without."""
+    groups give a quieter gradient and cost more vectors: with one draw a batch a sampled softmax
+    learns more slowly, and binary losses hardly start."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NegativesConfig":

@@ -109,9 +109,8 @@ def test_rows_are_merged(options, lake):
 def test_an_earlier_version_can_be_read(options, lake):
     table = create_users(lake, options)
     for n in (1, 2):
-        commit_parts(
-            table, [write_part(lake, "users", some_users(n), 0, options)], mode="overwrite"
-        )
+        part = write_part(lake, "users", some_users(n), 0, options)
+        commit_parts(table, [part], removes=bucket_files(table, 0))
     table.load_as_version(1)
     assert read_table(table)["user_id"].to_pylist() == [1]
     assert read_files(bucket_files(table, 0), ["user_id"], options)["user_id"].to_pylist() == [1]

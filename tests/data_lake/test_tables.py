@@ -140,13 +140,6 @@ def test_two_writers_cannot_commit_the_same_transaction(lake):
         commit_parts(second, [], transactions=[("file:a", 1)])
 
 
-def test_an_overwrite_replaces_all_rows(lake):
-    table = create_users(lake)
-    commit_parts(table, [write_part(lake, "users", some_users(1), 1)])
-    commit_parts(table, [write_part(lake, "users", some_users(2), 0)], mode="overwrite")
-    assert read_table(open_table(lake, "users"))["user_id"].to_pylist() == [2]
-
-
 def test_files_are_found_by_bucket(lake):
     table = create_users(lake)
     parts = [write_part(lake, "users", some_users(n), bucket) for n, bucket in ((1, 2), (2, 2))]
