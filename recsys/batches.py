@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from recsys.catalogue import MASK, PAD
+from recsys.context import count_seconds
 from recsys.splits import Split
 from recsys.tokens import TokenStore
 
@@ -39,6 +40,7 @@ class Batch:
     items_BL: Tensor
     context_BLF: Tensor
     request_BLF: Tensor
+    seconds_BL2: Tensor
     scored_M: Tensor
     targets_M: Tensor
 
@@ -65,6 +67,7 @@ class Windows:
         self.device = device
         self.items_T = torch.from_numpy(store.items_T).to(device)
         self.context_TF = torch.from_numpy(store.context_TF).to(device)
+        self.seconds_T = torch.from_numpy(count_seconds(store.timestamps_T)).to(device)
         self._floor = starts_U[users]
         self._end = split.train_end_U[users]
         self._back = order * max_len
@@ -99,21 +102,25 @@ class Windows:
         """Batches of an epoch, on every rank."""
         return max(1, -(-len(self) // (batch_size * world_size)))
 
-    def gather(self, start_B: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Left-padded items `[B, L]` and context `[B, L, F]`, int64, L the longest of the batch."""
+    def gather(self, start_B: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded items `[B, L]` and context `[B, L, F]`, int64, and seconds `[B, L]`, int32; L
+        the longest of the batch.
+        """
         L = int(length_B.max())
         offset_BL = torch.arange(L, device=self.device) - (L - length_B[:, None])
         is_token_BL = offset_BL >= 0
         index_BL = (start_B[:, None] + offset_BL).clamp_(min=0)
         items_BL = self.items_T[index_BL].long().masked_fill_(~is_token_BL, PAD)
         context_BLF = self.context_TF[index_BL].long().masked_fill_(~is_token_BL[..., None], 0)
-        return items_BL, context_BLF
+        seconds_BL = self.seconds_T[index_BL].masked_fill_(~is_token_BL, 0)
+        return items_BL, context_BLF, seconds_BL
 
 
 def make_batch(
     objective: ObjectiveConfig,
     items_BL: Tensor,
     context_BLF: Tensor,
+    seconds_BL: Tensor,
     known_at_request_F: Tensor,
     generator: torch.Generator,
 ) -> Batch:
@@ -123,15 +130,16 @@ def make_batch(
     forget_B11 = _draw(items_BL[:, :1], generator)[..., None] < objective.context_dropout
     if objective.kind == "masked-item":
         return _masked_item(
-            objective, items_BL, context_BLF, known_at_request_F, forget_B11, generator
+            objective, items_BL, context_BLF, seconds_BL, known_at_request_F, forget_B11, generator
         )
-    return _next_item(items_BL, context_BLF, known_at_request_F, forget_B11)
+    return _next_item(items_BL, context_BLF, seconds_BL, known_at_request_F, forget_B11)
 
 
 def _masked_item(
     objective: ObjectiveConfig,
     items_BL: Tensor,
     context_BLF: Tensor,
+    seconds_BL: Tensor,
     known_at_request_F: Tensor,
     forget_B11: Tensor,
     generator: torch.Generator,
@@ -152,13 +160,18 @@ def _masked_item(
         items_BL=items_BL.masked_fill(is_masked_BL, MASK),
         context_BLF=context_BLF.masked_fill(hidden_BLF, 0),
         request_BLF=torch.zeros_like(context_BLF),
+        seconds_BL2=_beside_nothing(seconds_BL.masked_fill(is_masked_BL & forget_B11[..., 0], 0)),
         scored_M=scored_M,
         targets_M=items_BL.flatten()[scored_M],
     )
 
 
 def _next_item(
-    items_BL: Tensor, context_BLF: Tensor, known_at_request_F: Tensor, forget_B11: Tensor
+    items_BL: Tensor,
+    context_BLF: Tensor,
+    seconds_BL: Tensor,
+    known_at_request_F: Tensor,
+    forget_B11: Tensor,
 ) -> Batch:
     inputs_BL, targets_BL = items_BL[:, :-1], items_BL[:, 1:]
     scored_M = (inputs_BL != PAD).flatten().nonzero().squeeze(1)
@@ -166,6 +179,9 @@ def _next_item(
         items_BL=inputs_BL,
         context_BLF=context_BLF[:, :-1],
         request_BLF=context_BLF[:, 1:].masked_fill(~known_at_request_F | forget_B11, 0),
+        seconds_BL2=torch.stack(
+            [seconds_BL[:, :-1], seconds_BL[:, 1:].masked_fill(forget_B11[..., 0], 0)], dim=2
+        ),
         scored_M=scored_M,
         targets_M=targets_BL.flatten()[scored_M],
     )
@@ -188,6 +204,11 @@ def _batch_rows(
 def _split_by_length(pool: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
     ordered = pool[np.argsort(lengths[pool], kind="stable")]
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _beside_nothing(seconds_BL: Tensor) -> Tensor:
+    """Only a causal model reads when the request that follows a position came."""
+    return torch.stack([seconds_BL, torch.zeros_like(seconds_BL)], dim=2)
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:

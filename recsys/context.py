@@ -124,6 +124,16 @@ class ContextEncoder:
         return cls(ContextConfig.model_validate(content["config"]), vocabularies)
 
 
+def count_seconds(timestamps_us: np.ndarray) -> np.ndarray:
+    """Seconds from the first of the times, which is 1, int32; 0 stands for a missing time, and what
+    is later than 68 years counts as that.
+    """
+    is_known = timestamps_us != NO_TIME
+    first_us = timestamps_us.min(where=is_known, initial=np.iinfo(np.int64).max)
+    seconds = np.where(is_known, timestamps_us - np.where(is_known, first_us, 0), 0) // 1_000_000
+    return np.where(is_known, np.minimum(seconds, 2**31 - 2) + 1, 0).astype(np.int32)
+
+
 def _encode_time(
     name: str, timestamps_us: np.ndarray, previous_us: np.ndarray, timezone: str
 ) -> np.ndarray:

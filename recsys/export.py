@@ -18,7 +18,7 @@ from recsys.errors import ArtifactError
 from recsys.model import NextItemModel
 
 MODEL_FILE = "model.onnx"
-_INPUT_NAMES = ("items", "context", "request")
+_INPUT_NAMES = ("items", "context", "request", "seconds")
 _MAX_INLINE_BYTES = 1_500_000_000
 """An ONNX file ends at 2 GB; larger weights go into a second file beside it."""
 
@@ -30,8 +30,10 @@ class LastState(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor) -> Tensor:
-        last_BD: Tensor = self.model(items_BL, context_BLF, request_BLF)[:, -1]
+    def forward(
+        self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor, seconds_BL2: Tensor
+    ) -> Tensor:
+        last_BD: Tensor = self.model(items_BL, context_BLF, request_BLF, seconds_BL2)[:, -1]
         return last_BD
 
 
@@ -90,7 +92,7 @@ def export_onnx(model: NextItemModel, path: Path) -> None:
             input_names=list(_INPUT_NAMES),
             output_names=["hidden"],
             dynamo=True,
-            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            dynamic_shapes=({0: batch},) * len(_INPUT_NAMES),
             external_data=size > _MAX_INLINE_BYTES,
             verbose=False,
         )
@@ -112,7 +114,7 @@ def parity(model: NextItemModel, path: Path, *, num_windows: int = 64, seed: int
 
 def sample_inputs(
     model: NextItemModel, *, num_windows: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random inputs of `NextItemModel.forward`, left-padded to `max_len`, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     L, num_rows = model.config.max_len, model.items.num_embeddings
@@ -126,7 +128,10 @@ def sample_inputs(
     codes_BLF = torch.rand(num_windows, L, len(sizes), generator=generator) * torch.tensor(sizes)
     context_BLF = codes_BLF.long().masked_fill(~is_token_BL[..., None], 0)
     request_BLF = context_BLF if model.request is not None else torch.zeros_like(context_BLF)
-    return items_BL.masked_fill(~is_token_BL, PAD), context_BLF, request_BLF
+    seconds_BL = torch.randint(1, 10**7, (num_windows, L), generator=generator).cumsum(1)
+    seconds_BL = seconds_BL.int().masked_fill(~is_token_BL, 0)
+    items_BL = items_BL.masked_fill(~is_token_BL, PAD)
+    return items_BL, context_BLF, request_BLF, seconds_BL[..., None].expand(-1, -1, 2).contiguous()
 
 
 def _context_sizes(model: NextItemModel) -> list[int]:

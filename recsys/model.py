@@ -5,7 +5,7 @@ Sources: BERT4Rec (Sun et al., 2019, doi:10.1145/3357384.3357895), SASRec (Kang 
 doi:10.1109/ICDM.2018.00035).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,10 @@ class ModelConfig(BaseModel):
     relative_bias: bool = False
     """Adds to attention what a head learned of the distance between two positions (Raffel et al.,
     2020). A mask token then finds its neighbours at once, wherever it stands."""
+    time_bias: bool = False
+    """Adds to attention what a head learned of the time between two events, in steps of a third on
+    a logarithmic scale; a scored position counts from the time of its request (Zhai et al., 2024,
+    arXiv:2402.17152)."""
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> "ModelConfig":
@@ -46,6 +50,38 @@ class ModelConfig(BaseModel):
     def history_len(self) -> int:
         """Events of a history that the model reads when it recommends."""
         return self.max_len - 1 if self.attention == "bidirectional" else self.max_len
+
+
+_NUM_AGES = 80
+"""Steps of the logarithm of a time; 80 reach beyond 900 years."""
+
+
+class Seen(NamedTuple):
+    """What stands between each two positions, the same for every block."""
+
+    hidden_B1LL: Tensor
+    """0 where a position (row) may look, -inf where it may not."""
+    distances_LL: Tensor
+    """Rows of `Block.distances`: from the furthest position ahead to the furthest behind."""
+    ages_BLL: Tensor | None
+    """Rows of `Block.ages`, see `bucket_ages`; None where no block reads times."""
+
+
+def bucket_ages(asked_BL: Tensor, happened_BL: Tensor) -> Tensor:
+    """How long before the moments `asked` each event happened, as rows of a table, `[B, L, L]`.
+
+    `floor(ln(seconds) / 0.301)`, as HSTU has it, counted apart for events that lie ahead. Row 0
+    stands for an unknown time.
+
+    Args:
+        asked_BL: int, seconds from any origin, 0 where unknown.
+        happened_BL: the same of the events.
+    """
+    passed_BLL = asked_BL[:, :, None] - happened_BL[:, None, :]
+    steps_BLL = passed_BLL.abs().clamp(min=1).float().log().div(0.301).int() + 1
+    rows_BLL = steps_BLL.clamp(max=_NUM_AGES - 1) + _NUM_AGES * (passed_BLL < 0)
+    is_known_BLL = (asked_BL != 0)[:, :, None] & (happened_BL != 0)[:, None, :]
+    return rows_BLL * is_known_BLL
 
 
 class Dropout(nn.Module):
@@ -84,33 +120,30 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
         distances = 2 * config.max_len - 1
         self.distances = nn.Embedding(distances, config.num_heads) if config.relative_bias else None
+        self.ages = nn.Embedding(2 * _NUM_AGES, config.num_heads) if config.time_bias else None
 
-    def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), mask_BLL))
+    def forward(self, x_BLD: Tensor, seen: "Seen") -> Tensor:
+        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), seen))
         wide = F.gelu(self.widen(self.norm_mlp(x_BLD)))
         added: Tensor = x_BLD + self.dropout(self.narrow(wide))
         return added
 
-    def _attend(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
+    def _attend(self, x_BLD: Tensor, seen: "Seen") -> Tensor:
         B, L, D = x_BLD.shape
         qkv = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
         q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4)
 
-        mixed_BHLd = attend(q_BHLd, k_BHLd, v_BHLd, self._bias(mask_BLL[:, None], q_BHLd.dtype))
+        mixed_BHLd = attend(q_BHLd, k_BHLd, v_BHLd, self._bias(seen, q_BHLd.dtype))
         projected: Tensor = self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
         return projected
 
-    def _bias(self, visible_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.distances is None:
-            hidden = torch.zeros_like(visible_B1LL, dtype=dtype)
-            return hidden.masked_fill(~visible_B1LL, float("-inf"))
-        L = visible_B1LL.shape[-1]
-        places_L = torch.arange(L, device=visible_B1LL.device)
-        # Row of the table: 0 for the furthest position ahead, the last one for the furthest behind.
-        rows_LL = places_L[:, None] - places_L + self.distances.num_embeddings // 2
-        bias_HLL = self.distances(rows_LL).permute(2, 0, 1).to(dtype)
-        masked: Tensor = bias_HLL.masked_fill(~visible_B1LL, float("-inf"))
-        return masked
+    def _bias(self, seen: "Seen", dtype: torch.dtype) -> Tensor:
+        bias_BHLL = seen.hidden_B1LL.to(dtype)
+        if self.distances is not None:
+            bias_BHLL = bias_BHLL + self.distances(seen.distances_LL).permute(2, 0, 1).to(dtype)
+        if self.ages is not None:
+            bias_BHLL = bias_BHLL + self.ages.weight.to(dtype)[seen.ages_BLL].permute(0, 3, 1, 2)
+        return bias_BHLL
 
 
 def attend(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, bias_BHLL: Tensor) -> Tensor:
@@ -134,8 +167,8 @@ class GatedBlock(Block):
         self.gate_attention = nn.Linear(dim, dim)
         self.gate_mlp = nn.Linear(dim, dim)
 
-    def forward(self, x_BLD: Tensor, mask_BLL: Tensor) -> Tensor:
-        attended = self._attend(self.norm_attention(x_BLD), mask_BLL)
+    def forward(self, x_BLD: Tensor, seen: "Seen") -> Tensor:
+        attended = self._attend(self.norm_attention(x_BLD), seen)
         x_BLD = x_BLD + torch.sigmoid(self.gate_attention(x_BLD)) * self.dropout(attended)
 
         gate, value = self.widen(self.norm_mlp(x_BLD)).chunk(2, dim=-1)
@@ -198,7 +231,9 @@ class NextItemModel(nn.Module):
         """The vectors that states are compared with."""
         return self.items.weight if self.outputs is None else self.outputs.weight
 
-    def forward(self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor) -> Tensor:
+    def forward(
+        self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor, seconds_BL2: Tensor
+    ) -> Tensor:
         """States `[B, L, D]`.
 
         Args:
@@ -206,6 +241,9 @@ class NextItemModel(nn.Module):
             context_BLF: int64, codes of each position's own event; 0 where masked or padded.
             request_BLF: int64, codes of the request that follows each position; a causal model
                 alone reads it.
+            seconds_BL2: int, when each position's own event happened and when the request that
+                follows it came, in seconds from any origin; 0 where unknown. A model with
+                `time_bias` alone reads it.
         """
         L = items_BL.shape[1]
         # Positions count back from the most recent one, whatever the length of the batch.
@@ -216,9 +254,9 @@ class NextItemModel(nn.Module):
             x_BLD = x_BLD + self.request(request_BLF)
 
         x_BLD = self.dropout(x_BLD)
-        mask_BLL = self._visible(items_BL)
+        seen = self._seen(items_BL, seconds_BL2)
         for block in self.blocks:
-            x_BLD = block(x_BLD, mask_BLL)
+            x_BLD = block(x_BLD, seen)
         normed: Tensor = self.norm(x_BLD)
         return normed
 
@@ -229,41 +267,64 @@ class NextItemModel(nn.Module):
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
 
-    def _visible(self, items_BL: Tensor) -> Tensor:
-        L = items_BL.shape[1]
+    def _seen(self, items_BL: Tensor, seconds_BL2: Tensor) -> Seen:
+        L, is_causal = items_BL.shape[1], self.config.attention == "causal"
+        places_L = torch.arange(L, device=items_BL.device)
+        distances_LL = places_L[:, None] - places_L
         visible_BLL = (items_BL != PAD)[:, None, :].expand(-1, L, -1)
-        if self.config.attention == "causal":
-            visible_BLL = (
-                visible_BLL & torch.ones(L, L, dtype=torch.bool, device=items_BL.device).tril()
-            )
+        if is_causal:
+            visible_BLL = visible_BLL & (distances_LL >= 0)
         # A padded position sees itself, so that no row of the softmax is empty.
-        return visible_BLL | torch.eye(L, dtype=torch.bool, device=items_BL.device)
+        visible_BLL = visible_BLL | (distances_LL == 0)
+        hidden_BLL = torch.zeros_like(visible_BLL, dtype=torch.float32)
+        hidden_BLL = hidden_BLL.masked_fill(~visible_BLL, float("-inf"))
+
+        ages_BLL = None
+        if self.config.time_bias:
+            # A causal position answers the request that follows it; a mask stands at its own.
+            happened_BL, follows_BL = seconds_BL2.unbind(2)
+            ages_BLL = bucket_ages(follows_BL if is_causal else happened_BL, happened_BL)
+        return Seen(hidden_BLL[:, None], distances_LL + self.config.max_len - 1, ages_BLL)
+
+
+class Request(NamedTuple):
+    """What is known when B recommendations are asked for."""
+
+    context_BF: Tensor
+    """Codes, 0 for what is not told."""
+    seconds_B: Tensor
+    """Time, from the same origin as that of the events; 0 where unknown."""
 
 
 def append_request(
     config: ModelConfig,
     items_BL: Tensor,
     context_BLF: Tensor,
-    request_BF: Tensor,
+    seconds_BL: Tensor,
+    request: Request,
     known_at_request_F: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inputs of `NextItemModel.forward` whose last position answers a request.
 
     Args:
         items_BL: left-padded histories, L at most `history_len`; a causal model needs one event at
             least.
         context_BLF: codes of those events.
-        request_BF: codes of the request, 0 for what it does not tell.
+        seconds_BL: times of those events.
         known_at_request_F: bool; the other fields are hidden from every request, as in training.
     """
-    request_BF = request_BF * known_at_request_F
+    request_BF, seconds_B1 = request.context_BF * known_at_request_F, request.seconds_B[:, None]
+    following_BL = torch.cat([seconds_BL[:, 1:], seconds_B1], dim=1)
     if config.attention == "causal":
         following_BLF = context_BLF[:, 1:] * known_at_request_F
-        return items_BL, context_BLF, torch.cat([following_BLF, request_BF[:, None]], dim=1)
+        request_BLF = torch.cat([following_BLF, request_BF[:, None]], dim=1)
+        return items_BL, context_BLF, request_BLF, torch.stack([seconds_BL, following_BL], dim=2)
     mask_B1 = torch.full((len(items_BL), 1), MASK, dtype=items_BL.dtype, device=items_BL.device)
     items_BL = torch.cat([items_BL, mask_B1], dim=1)
     context_BLF = torch.cat([context_BLF, request_BF[:, None]], dim=1)
-    return items_BL, context_BLF, torch.zeros_like(context_BLF)
+    seconds_BL = torch.cat([seconds_BL, seconds_B1], dim=1)
+    seconds_BL2 = torch.stack([seconds_BL, torch.zeros_like(seconds_BL)], dim=2)
+    return items_BL, context_BLF, torch.zeros_like(context_BLF), seconds_BL2
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.catalogue import PAD
-from recsys.context import NO_TIME, ContextEncoder
+from recsys.context import NO_TIME, ContextEncoder, count_seconds
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
 from recsys.tokens import previous_times
 
@@ -54,11 +54,13 @@ class Query:
 
 @dataclass(frozen=True)
 class EncodedQueries:
-    """Inputs for `append_request`, all int64; `items_BL` and `context_BLF` are left-padded."""
+    """Inputs for `append_request`, left-padded, int64; the seconds int32, 0 where unknown."""
 
     items_BL: np.ndarray
     context_BLF: np.ndarray
+    seconds_BL: np.ndarray
     request_BF: np.ndarray
+    request_seconds_B: np.ndarray
 
 
 def encode_queries(
@@ -72,18 +74,25 @@ def encode_queries(
     lanes = [_lane(query, index, history_len) for query in queries]
     lengths_B = np.array([len(lane.items) for lane in lanes])
     offsets_B = np.concatenate([[0], np.cumsum(lengths_B)])
-    codes_TF = _encode_context(queries, lanes, offsets_B, encoder)
+    timestamps_T = np.fromiter(
+        chain.from_iterable(lane.timestamps_us for lane in lanes), np.int64, offsets_B[-1]
+    )
+    codes_TF = _encode_context(queries, lanes, timestamps_T, offsets_B, encoder)
+    seconds_T = count_seconds(timestamps_T)
 
     # The last token of a lane is its request; the first may only lend its time to the one after.
     L = int(np.clip(lengths_B.max(initial=2) - 1, 1, history_len))
     items_BL = np.full((len(queries), L), PAD, np.int64)
     context_BLF = np.zeros((len(queries), L, codes_TF.shape[1]), np.int64)
+    seconds_BL = np.zeros((len(queries), L), np.int32)
     for b, (lane, end) in enumerate(zip(lanes, offsets_B[1:] - 1, strict=True)):
         length = min(len(lane.items) - 1, L)
         items_BL[b, L - length :] = lane.items[-1 - length : -1]
         context_BLF[b, L - length :] = codes_TF[end - length : end]
-    request_BF = codes_TF[offsets_B[1:] - 1] * encoder.known_at_request_F
-    return EncodedQueries(items_BL, context_BLF, request_BF.astype(np.int64))
+        seconds_BL[b, L - length :] = seconds_T[end - length : end]
+    requests_B = offsets_B[1:] - 1
+    request_BF = (codes_TF[requests_B] * encoder.known_at_request_F).astype(np.int64)
+    return EncodedQueries(items_BL, context_BLF, seconds_BL, request_BF, seconds_T[requests_B])
 
 
 class _Lane(NamedTuple):
@@ -111,12 +120,10 @@ def _lane(query: Query, index: ItemIndex, history_len: int) -> _Lane:
 def _encode_context(
     queries: Sequence[Query],
     lanes: Sequence[_Lane],
+    timestamps_T: np.ndarray,
     offsets_B: np.ndarray,
     encoder: ContextEncoder,
 ) -> np.ndarray:
-    timestamps_T = np.fromiter(
-        chain.from_iterable(lane.timestamps_us for lane in lanes), np.int64, offsets_B[-1]
-    )
     previous_T = previous_times(timestamps_T, offsets_B)
     segments = chain.from_iterable(
         [query.context.segment] * len(lane.items)

@@ -17,11 +17,11 @@ from recsys.catalogue import NUM_SPECIAL, PAD
 from recsys.errors import ArtifactError
 from recsys.export import MODEL_FILE, LastState, OnnxEncoder
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
-from recsys.model import NextItemModel, append_request
+from recsys.model import NextItemModel, Request, append_request
 from recsys.queries import Event, Query, encode_queries
 
 Backend = Literal["torch", "onnx"]
-Encoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+Encoder = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the inputs of `NextItemModel.forward` to the state at the last position, `[B, D]`."""
 
 _MAX_SCORES = 2**28
@@ -142,7 +142,10 @@ class Ranker:
             config,
             torch.from_numpy(encoded.items_BL),
             torch.from_numpy(encoded.context_BLF),
-            torch.from_numpy(encoded.request_BF),
+            torch.from_numpy(encoded.seconds_BL),
+            Request(
+                torch.from_numpy(encoded.request_BF), torch.from_numpy(encoded.request_seconds_B)
+            ),
             torch.from_numpy(self._context.known_at_request_F),
         )
         hidden_BD = self._encode(*(tensor.to(self._device) for tensor in inputs))

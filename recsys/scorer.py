@@ -1,10 +1,13 @@
 """A trained model as a scorer of the whole catalogue."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from recsys.model import NextItemModel, append_request
+from recsys.context import NO_TIME, count_seconds
+from recsys.model import NextItemModel, Request, append_request
 from recsys.tokens import TokenStore
 
 
@@ -32,12 +35,18 @@ class ModelScorer:
     @torch.no_grad()
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
         """Scores fp32 `[B, I]` on the device of the model; see `evaluation.Scorer`."""
-        items_BL, context_BLF = gather_histories(
-            store, users_B, targets_B, self._model.config.history_len
+        history = gather_histories(store, users_B, targets_B, self._model.config.history_len)
+        request = Request(
+            torch.from_numpy(store.context_TF[targets_B]).long() * self._knows_request,
+            history.request_seconds_B * self._knows_request,
         )
-        request_BF = torch.from_numpy(store.context_TF[targets_B]).long() * self._knows_request
         inputs = append_request(
-            self._model.config, items_BL, context_BLF, request_BF, self._known_F
+            self._model.config,
+            history.items_BL,
+            history.context_BLF,
+            history.seconds_BL,
+            request,
+            self._known_F,
         )
 
         self._model.eval()
@@ -46,12 +55,19 @@ class ModelScorer:
         return self._model.scores(hidden_BLD[:, -1].to(self._dtype))
 
 
+class Histories(NamedTuple):
+    """Events before B targets, left-padded, and when the targets came."""
+
+    items_BL: Tensor
+    context_BLF: Tensor
+    seconds_BL: Tensor
+    request_seconds_B: Tensor
+
+
 def gather_histories(
     store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray, max_len: int
-) -> tuple[Tensor, Tensor]:
-    """The last `max_len` events before each target: left-padded items `[B, L]` and context `[B, L,
-    F]`, int64.
-    """
+) -> Histories:
+    """The last `max_len` events before each target."""
     starts_B = np.maximum(store.offsets_U[users_B], targets_B - max_len)
     L = int((targets_B - starts_B).max(initial=1))
     index_BL = targets_B[:, None] - L + np.arange(L)
@@ -59,4 +75,13 @@ def gather_histories(
     index_BL = np.where(is_token_BL, index_BL, 0)
     items_BL = np.where(is_token_BL, store.items_T[index_BL], 0)
     context_BLF = np.where(is_token_BL[..., None], store.context_TF[index_BL], 0)
-    return torch.from_numpy(items_BL).long(), torch.from_numpy(context_BLF).long()
+    # One origin for all times of the batch; the column behind the histories is the targets'.
+    times_BL = np.where(is_token_BL, store.timestamps_T[index_BL], NO_TIME)
+    times_BL1 = np.concatenate([times_BL, store.timestamps_T[targets_B, None]], axis=1)
+    seconds_BL1 = torch.from_numpy(count_seconds(times_BL1))
+    return Histories(
+        torch.from_numpy(items_BL).long(),
+        torch.from_numpy(context_BLF).long(),
+        seconds_BL1[:, :-1],
+        seconds_BL1[:, -1],
+    )

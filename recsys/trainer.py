@@ -138,8 +138,8 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         ):
-            items_BL, context_BLF = self._windows.gather(starts_B, lengths_B)
-            batch = make_batch(self.recipe.objective, items_BL, context_BLF, known_F, generator)
+            window = self._windows.gather(starts_B, lengths_B)
+            batch = make_batch(self.recipe.objective, *window, known_F, generator)
             loss_sum += self._step(batch, generator) * len(batch.targets_M)
             count += len(batch.targets_M)
             num_tokens += int(lengths_B.sum())
@@ -201,7 +201,9 @@ class Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden_BLD = self._replica(batch.items_BL, batch.context_BLF, batch.request_BLF)
+            hidden_BLD = self._replica(
+                batch.items_BL, batch.context_BLF, batch.request_BLF, batch.seconds_BL2
+            )
         hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(self.dtype)
         table_ID, bias_I = self.model.output_table_ID, self.model.item_bias
         negatives = self._sampler.draw(batch.targets_M, generator) if self._sampler else None

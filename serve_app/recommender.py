@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+import torch
+
 from recsys.artifact import Artifact
 from recsys.catalogue import PAD
 from recsys.fallback import Fallback
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
-from recsys.model import ModelConfig
+from recsys.model import ModelConfig, bucket_ages
 from recsys.queries import Event, Query, RequestContext, encode_queries
 from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from serve_app.breaker import CircuitBreaker
@@ -55,7 +57,7 @@ class Model:
     version: str
     index: ItemIndex
     fallback: Fallback
-    history_len: int
+    config: ModelConfig
     artifact: Artifact
 
     @classmethod
@@ -65,17 +67,23 @@ class Model:
             artifact.version,
             ItemIndex(artifact.catalogue),
             Fallback.read(artifact.path / "fallback"),
-            ModelConfig.model_validate(artifact.config["model"]).history_len,
+            ModelConfig.model_validate(artifact.config["model"]),
             artifact,
         )
 
     def digest(self, query: Query) -> bytes:
-        """Equal for queries whose history and context are the same to the model: hours and gaps
-        count by their buckets.
+        """Equal for queries whose history and context are the same to the model: hours, gaps and
+        the ages of events count by their buckets.
         """
-        encoded = encode_queries([query], self.index, self.artifact.context, self.history_len)
+        encoded = encode_queries(
+            [query], self.index, self.artifact.context, self.config.history_len
+        )
         seen = self.index.encode([event.item_id for event in query.history])
-        parts = (encoded.items_BL, encoded.context_BLF, encoded.request_BF, seen)
+        parts = [encoded.items_BL, encoded.context_BLF, encoded.request_BF, seen]
+        if self.config.time_bias:
+            seconds_BL = torch.from_numpy(encoded.seconds_BL)
+            asked_B1 = torch.from_numpy(encoded.request_seconds_B)[:, None]
+            parts += [encoded.seconds_BL, bucket_ages(asked_B1, seconds_BL).numpy()]
         digest = hashlib.blake2b(repr([part.shape for part in parts]).encode())
         for part in parts:
             digest.update(part.tobytes())

@@ -22,7 +22,7 @@ def _store(lengths):
         offsets_U=offsets,
         items_T=np.arange(2, 2 + num_tokens, dtype=np.int32),
         context_TF=np.ones((num_tokens, 2), np.uint8),
-        timestamps_T=np.arange(num_tokens, dtype=np.int64),
+        timestamps_T=np.arange(num_tokens, dtype=np.int64) * 1_000_000,
     )
 
 
@@ -33,6 +33,12 @@ def _windows(lengths, max_len):
 
 def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def _batch(objective, items, context):
+    """A batch whose events are a second apart, the first at 1."""
+    seconds = torch.arange(1, items.shape[1] + 1).expand(items.shape) * (items != PAD)
+    return make_batch(objective, items, context, seconds, _KNOWN, _generator())
 
 
 def test_validation_and_test_items_are_never_gathered():
@@ -53,9 +59,10 @@ def test_validation_and_test_items_are_never_gathered():
 
 def test_windows_are_padded_on_the_left():
     windows = _windows([5, 7], max_len=50)
-    items, context = windows.gather(torch.tensor([0, 5]), torch.tensor([2, 4]))
+    items, context, seconds = windows.gather(torch.tensor([0, 5]), torch.tensor([2, 4]))
     assert items.tolist() == [[PAD, PAD, 2, 3], [7, 8, 9, 10]]
     assert context[0, :, 0].tolist() == [0, 0, 1, 1]
+    assert seconds.tolist() == [[0, 0, 1, 2], [6, 7, 8, 9]]
 
 
 def test_a_long_sequence_gives_several_windows_that_cover_its_end():
@@ -84,7 +91,7 @@ def test_every_rank_gets_as_many_batches():
 
 def test_the_target_is_hidden_from_its_own_position():
     items = torch.arange(2, 202).view(4, 50)
-    batch = make_batch(ObjectiveConfig(), items, torch.ones(4, 50, 2).long(), _KNOWN, _generator())
+    batch = _batch(ObjectiveConfig(), items, torch.ones(4, 50, 2).long())
     assert (batch.items_BL.flatten()[batch.scored_M] == MASK).all()
     assert batch.targets_M.tolist() == items.flatten()[batch.scored_M].tolist()
 
@@ -92,7 +99,7 @@ def test_the_target_is_hidden_from_its_own_position():
 def test_a_scored_position_knows_only_what_a_request_knows():
     objective = ObjectiveConfig(context_dropout=0.0)
     context = torch.ones(4, 50, 2).long()
-    batch = make_batch(objective, torch.full((4, 50), 7), context, _KNOWN, _generator())
+    batch = _batch(objective, torch.full((4, 50), 7), context)
     scored = batch.context_BLF.flatten(0, 1)[batch.scored_M]
     assert scored[:, 0].all()
     assert not scored[:, 1].any()
@@ -100,16 +107,14 @@ def test_a_scored_position_knows_only_what_a_request_knows():
 
 def test_context_dropout_hides_the_whole_request():
     objective = ObjectiveConfig(context_dropout=1.0)
-    batch = make_batch(
-        objective, torch.full((4, 50), 7), torch.ones(4, 50, 2).long(), _KNOWN, _generator()
-    )
+    batch = _batch(objective, torch.full((4, 50), 7), torch.ones(4, 50, 2).long())
     assert not batch.context_BLF.flatten(0, 1)[batch.scored_M].any()
 
 
 def test_every_window_scores_one_position_at_least():
     items = torch.tensor([[PAD, 2, 3]] * 200)
     objective = ObjectiveConfig(mask_prob=0.01, last_prob=0.0)
-    batch = make_batch(objective, items, torch.ones(200, 3, 2).long(), _KNOWN, _generator())
+    batch = _batch(objective, items, torch.ones(200, 3, 2).long())
     assert len(set((batch.scored_M // 3).tolist())) == 200
     assert (batch.targets_M != PAD).all()
 
@@ -117,18 +122,33 @@ def test_every_window_scores_one_position_at_least():
 def test_last_prob_one_imitates_a_recommendation():
     objective = ObjectiveConfig(last_prob=1.0)
     items = torch.arange(2, 22).view(4, 5)
-    batch = make_batch(objective, items, torch.ones(4, 5, 2).long(), _KNOWN, _generator())
+    batch = _batch(objective, items, torch.ones(4, 5, 2).long())
     assert batch.targets_M.tolist() == [6, 11, 16, 21]
 
 
 def test_next_item_targets_are_the_following_items_without_padding():
     objective = ObjectiveConfig(kind="next-item", context_dropout=0.0)
     context = torch.tensor([[[0, 0], [1, 1], [2, 2], [3, 3]]])
-    batch = make_batch(objective, torch.tensor([[PAD, 2, 3, 4]]), context, _KNOWN, _generator())
+    batch = _batch(objective, torch.tensor([[PAD, 2, 3, 4]]), context)
     assert batch.items_BL.tolist() == [[PAD, 2, 3]]
     assert batch.targets_M.tolist() == [3, 4]
     # The request carries the known field of the event that follows, and not the other one.
     assert batch.request_BLF[0, 1:].tolist() == [[2, 0], [3, 0]]
+
+
+def test_a_causal_position_knows_when_the_request_that_follows_it_came():
+    objective = ObjectiveConfig(kind="next-item", context_dropout=0.0)
+    items = torch.tensor([[PAD, 2, 3, 4]])
+    batch = _batch(objective, items, torch.zeros(1, 4, 2).long())
+    assert batch.seconds_BL2[0].tolist() == [[0, 2], [2, 3], [3, 4]]
+
+
+@pytest.mark.parametrize("kind", ["next-item", "masked-item"])
+def test_context_dropout_hides_the_time_of_the_request(kind):
+    objective = ObjectiveConfig(kind=kind, context_dropout=1.0)
+    batch = _batch(objective, torch.full((4, 50), 7), torch.zeros(4, 50, 2).long())
+    of_request = 1 if kind == "next-item" else 0
+    assert not batch.seconds_BL2.flatten(0, 1)[batch.scored_M, of_request].any()
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -13,9 +13,11 @@ from recsys.queries import Event, Query
 from recsys.ranker import Ranker
 
 
-def make_model(attention, context_sizes=(3, 25, 32)):
+def make_model(attention, context_sizes=(3, 25, 32), **changes):
     torch.manual_seed(0)
-    config = ModelConfig(attention=attention, dim=16, num_layers=1, num_heads=2, max_len=8)
+    config = ModelConfig(
+        attention=attention, dim=16, num_layers=1, num_heads=2, max_len=8, **changes
+    )
     model = NextItemModel(config, 52, context_sizes).eval()
     with torch.no_grad():
         model.items.weight.normal_()
@@ -63,6 +65,17 @@ def test_ranker_gives_the_same_lists_with_either_backend(published):
 
 def test_causal_export_agrees_with_its_model(tmp_path):
     model = make_model("causal")
+    export_onnx(model, tmp_path / MODEL_FILE)
+
+    assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_export_with_biases_agrees_with_its_model(tmp_path, attention):
+    model = make_model(attention, relative_bias=True, time_bias=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ages.weight.normal_()
     export_onnx(model, tmp_path / MODEL_FILE)
 
     assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0

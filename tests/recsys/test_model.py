@@ -1,11 +1,22 @@
 """The encoder: what a position may see, and what padding must not change."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from recsys.catalogue import MASK, PAD
-from recsys.model import ModelConfig, NextItemModel, append_request
+from recsys.model import (
+    Dropout,
+    ModelConfig,
+    NextItemModel,
+    Request,
+    append_request,
+    attend,
+    bucket_ages,
+)
 
 _SIZES = (3, 4)
 
@@ -21,14 +32,25 @@ def _model(attention="bidirectional", **changes):
 def _inputs(items):
     items_BL = torch.tensor(items)
     context_BLF = torch.ones(*items_BL.shape, len(_SIZES), dtype=torch.int64)
-    return items_BL, context_BLF * (items_BL != PAD)[..., None], torch.zeros_like(context_BLF)
+    is_token_BL = items_BL != PAD
+    # An hour between two events, and as long until the request.
+    own_BL = is_token_BL * 3600 * torch.arange(1, items_BL.shape[1] + 1)
+    seconds_BL2 = torch.stack([own_BL, is_token_BL * (own_BL + 3600)], dim=2)
+    context_BLF = context_BLF * is_token_BL[..., None]
+    return items_BL, context_BLF, torch.zeros_like(context_BLF), seconds_BL2
 
 
-@pytest.mark.parametrize("block", ["transformer", "ligr"])
+def _request(codes, seconds=7200):
+    return Request(torch.tensor([codes]), torch.tensor([seconds]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"block": "ligr"}, {"relative_bias": True, "time_bias": True}]
+)
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_padding_changes_nothing(attention, block):
-    model = _model(attention, block=block)
-    short = model(*_inputs([[5, 6, 7]]))
+def test_padding_changes_nothing(attention, changes):
+    model = _model(attention, **changes)
+    short = model(*(x[:, 2:] for x in _inputs([[PAD, PAD, 5, 6, 7]])))
     padded = model(*_inputs([[PAD, PAD, 5, 6, 7]]))
     torch.testing.assert_close(short, padded[:, 2:])
 
@@ -49,25 +71,89 @@ def test_a_bidirectional_position_sees_both_sides():
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_the_context_of_the_request_reaches_the_scored_position(attention):
     model = _model(attention)
-    items_BL, context_BLF, _ = _inputs([[5, 6]])
+    items_BL, context_BLF, _, seconds_BL2 = _inputs([[5, 6]])
     known_F = torch.tensor([True, True])
+    history = items_BL, context_BLF, seconds_BL2[..., 0]
     states = [
-        model(*append_request(model.config, items_BL, context_BLF, request_BF, known_F))[:, -1]
-        for request_BF in (torch.tensor([[1, 1]]), torch.tensor([[2, 3]]))
+        model(*append_request(model.config, *history, _request(codes), known_F))[:, -1]
+        for codes in ([1, 1], [2, 3])
     ]
     assert not torch.allclose(states[0], states[1])
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_no_request_carries_what_a_request_does_not_know(attention):
-    items_BL, context_BLF, _ = _inputs([[5, 6, 7]])
+    items_BL, context_BLF, _, seconds_BL2 = _inputs([[5, 6, 7]])
     known_F = torch.tensor([True, False])
-    _, context, request = append_request(
-        ModelConfig(attention=attention), items_BL, context_BLF, torch.tensor([[2, 3]]), known_F
+    history = items_BL, context_BLF, seconds_BL2[..., 0]
+    _, context, request, _ = append_request(
+        ModelConfig(attention=attention), *history, _request([2, 3]), known_F
     )
     scored = context[0, -1] if attention == "bidirectional" else request[0, -1]
     assert scored.tolist() == [2, 0]
     assert not request[..., 1].any()
+
+
+def test_ages_count_in_steps_of_the_logarithm_apart_for_what_lies_ahead():
+    asked, happened = torch.tensor([[1000, 0]]), torch.tensor([[1000, 990, 1002, 0]])
+    # ln(10) / 0.301 = 7.6 and ln(2) / 0.301 = 2.3; row 0 where either time is unknown.
+    assert bucket_ages(asked, happened).tolist() == [[[1, 8, 80 + 3, 0], [0, 0, 0, 0]]]
+
+
+def test_ages_have_a_row_for_the_longest_time():
+    rows = bucket_ages(torch.tensor([[2**31 - 1]]), torch.tensor([[1]]))
+    assert rows.item() == int(math.log(2**31 - 2) / 0.301) + 1 < 80
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_time_bias_tells_a_late_request_from_an_early_one(attention):
+    model = _model(attention, time_bias=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ages.weight.normal_()
+    items_BL, context_BLF, _, seconds_BL2 = _inputs([[5, 6, 7]])
+    history = items_BL, context_BLF, seconds_BL2[..., 0]
+    known_F = torch.tensor([True, True])
+    soon, later, unknown = (
+        model(*append_request(model.config, *history, _request([0, 0], seconds), known_F))[:, -1]
+        for seconds in (10_900, 10**6, 0)
+    )
+    assert not torch.allclose(soon, later)
+    assert not torch.allclose(soon, unknown)
+
+
+def test_time_bias_does_not_depend_on_the_origin_of_times():
+    model = _model("causal", time_bias=True)
+    *inputs, seconds_BL2 = _inputs([[PAD, 5, 6]])
+    moved_BL2 = torch.where(seconds_BL2 > 0, seconds_BL2 + 5000, 0)
+    torch.testing.assert_close(model(*inputs, seconds_BL2), model(*inputs, moved_BL2))
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_a_model_without_time_bias_reads_no_times(attention):
+    model = _model(attention)
+    *inputs, seconds_BL2 = _inputs([[5, 6, 7]])
+    torch.testing.assert_close(model(*inputs, seconds_BL2), model(*inputs, seconds_BL2 * 7))
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    torch.manual_seed(0)
+    dropped = Dropout(0.25)(torch.ones(1000, 1001))
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=2e-3)
+
+
+def test_dropout_does_nothing_when_the_model_serves():
+    values = torch.randn(3, 3)
+    assert Dropout(0.5).eval()(values) is values
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_attention_agrees_with_the_fused_one(num_heads):
+    q, k, v = torch.randn(3, 2, num_heads, 5, 4).unbind()
+    bias = torch.randn(2, 1, 5, 5)
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(attend(q, k, v, bias), fused)
 
 
 def test_padding_and_mask_are_never_recommended():

@@ -77,6 +77,14 @@ def test_the_company_in_a_batch_changes_nothing(shop):
 
 def test_histories_are_the_last_events_left_padded(make_store):
     store = make_store([[0, 1, 2, 3], [4, 5]])
-    items_BL, context_BLF = gather_histories(store, np.array([0, 1]), np.array([3, 5]), 2)
-    assert items_BL.tolist() == [[1 + 2, 2 + 2], [0, 4 + 2]]
-    assert context_BLF.shape == (2, 2, 0)
+    histories = gather_histories(store, np.array([0, 1]), np.array([3, 5]), 2)
+    assert histories.items_BL.tolist() == [[1 + 2, 2 + 2], [0, 4 + 2]]
+    assert histories.context_BLF.shape == (2, 2, 0)
+
+
+def test_times_of_histories_and_requests_have_one_origin(make_store):
+    store = make_store([[0, 1, 2, 3], [4, 5]])  # an event a day
+    histories = gather_histories(store, np.array([0, 1]), np.array([3, 5]), 2)
+    day = 86_400
+    assert histories.seconds_BL.tolist() == [[1, day + 1], [0, 3 * day + 1]]
+    assert histories.request_seconds_B.tolist() == [2 * day + 1, 4 * day + 1]
