@@ -25,8 +25,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.measure import machine
-from benchmarks.published import Dataset, read_dataset
+from benchmarks.published import DATASETS, NO_CONTEXT, Dataset, read_dataset
 from recsys.baselines import BASELINES, EASE, make_baselines
+from recsys.context import NO_TIME, ContextConfig
 from recsys.interactions import training_counts
 from recsys.leaderboard import Row, hash_targets, measure
 from recsys.model import NextItemModel
@@ -35,6 +36,20 @@ from recsys.scorer import ModelScorer
 from recsys.trainer import Trainer, TrainerConfig, load_checkpoint, save_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
+
+_HEAD = (
+    "| recipe | width/layers/heads/length | HR@10 (users' 95 %; seeds) | NDCG@10 | seeds "
+    "| best epoch | training | published |"
+)
+_INTRODUCTION = """# Leader board
+
+The whole catalogue is ranked, never a sample; items of the user's history are left out; ties count
+against us; the epoch is chosen by NDCG@10 on validation targets and test is ranked once, with that
+epoch's weights. Means over seeds; `±` is half of the 95 % interval that a bootstrap over the users
+gives, in brackets the least and the most of the seeds. Every figure of ours comes from a training
+that was run by the commands below, on CPU cores; `leaderboard/` beside this file has each with its
+settings and its curve. "Published" names figures of others under their own protocols.
+"time-blind" is the same weights told nothing of the request."""
 
 log = logging.getLogger("leaderboard")
 
@@ -45,11 +60,16 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
+    context: ContextConfig = NO_CONTEXT
+    cut: tuple[float, float] | None = None
+    """By time, see `published.read_dataset`; by default the last event of each user tests."""
     recipe: str
     max_epochs: int
     floor: tuple[float, float] | None = None
     aim: tuple[float, float] | None = None
     published: str = ""
+    max_users: int = 20_000
+    """At most so many users, a seeded sample, are validated, and as many are tested."""
     overrides: dict[str, Any] = {}
     patience: int = 1_000
     """Validations without gain before training ends; by default the schedule is run to its end."""
@@ -65,13 +85,14 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     """Trains a row with one seed, ranks its test targets, and keeps what was found."""
     torch.set_num_threads(threads)
     entry = read_entries()[name]
-    dataset = read_dataset(entry.dataset)
+    dataset = read_dataset(entry.dataset, entry.context, entry.cut)
     trainer = make_trainer(entry, dataset, seed)
     folder = _home() / f"{name}-{seed}"
     history = _train_to_the_end(trainer, folder)
 
     load_checkpoint(folder / "best", trainer)
-    rows = measure_model(trainer.model, dataset)
+    targets = choose_targets(dataset, entry.max_users)
+    rows = measure_model(trainer.model, dataset, targets)
     best = history[trainer.best_epoch - 1]
     found = {
         "row": name,
@@ -85,7 +106,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
         "machine": machine(),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "validation": {"HR@10": best["hr10"], "NDCG@10": best["ndcg10"]},
-        **_facts(dataset, rows),
+        **_facts(dataset, targets, rows),
         "history": history,
     }
     _keep(f"{name}-{seed}", found)
@@ -98,7 +119,7 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     torch.manual_seed(seed)
     model = NextItemModel(recipe.model, dataset.catalogue.num_rows, dataset.context.sizes)
     config = TrainerConfig(
-        max_epochs=entry.max_epochs, patience=entry.patience, validation_users=10**9
+        max_epochs=entry.max_epochs, patience=entry.patience, validation_users=entry.max_users
     )
     return Trainer(
         recipe,
@@ -112,29 +133,106 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     )
 
 
-def measure_model(model: NextItemModel, dataset: Dataset) -> list[Row]:
+def choose_targets(dataset: Dataset, max_users: int) -> np.ndarray:
+    """Users whose test events are ranked, the same sample for every row of a data set."""
+    users = np.flatnonzero(dataset.split.test_U >= 0)
+    if len(users) <= max_users:
+        return users
+    return np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
+
+
+def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> list[Row]:
     """The test targets under a model, and, where it reads a context, as if nothing were known of
     the request."""
     known_F = dataset.context.known_at_request_F
     scorers = [ModelScorer(model, known_F)]
     if len(known_F):
         scorers.append(ModelScorer(model, known_F, name="time-blind", knows_request=False))
-    return [_measure(scorer, dataset) for scorer in scorers]
+    return [_measure(scorer, dataset, users) for scorer in scorers]
 
 
-def measure_baselines(name: str) -> dict[str, Any]:
-    """Every baseline on the test targets of a data set."""
-    dataset = read_dataset(name)
+def measure_baselines(
+    name: str, cut: tuple[float, float] | None, max_users: int = 20_000
+) -> dict[str, Any]:
+    """Every baseline on the test targets of a data set; recent popularity where there are times."""
+    dataset = read_dataset(name, cut=cut)
+    users = choose_targets(dataset, max_users)
     is_small = dataset.catalogue.num_items <= EASE.max_items
-    names = tuple(name for name in BASELINES if name != "ease" or is_small)
+    is_timed = (dataset.store.timestamps_T != NO_TIME).any()
+    fits = {"ease": is_small, "recent-popularity": is_timed}
+    names = tuple(name for name in BASELINES if fits.get(name, True))
     num_rows = dataset.catalogue.num_rows
     rows = [
-        _measure(baseline.fit(dataset.store, dataset.split, num_rows), dataset)
+        _measure(baseline.fit(dataset.store, dataset.split, num_rows), dataset, users)
         for baseline in make_baselines(names)
     ]
-    found = {"row": name, "machine": machine(), **_facts(dataset, rows)}
-    _keep(f"baselines-{name}", found)
+    found = {"machine": machine(), **_facts(dataset, users, rows)}
+    _keep(f"baselines-{name}{'-cut' if cut else ''}", found)
     return found
+
+
+def render(found: list[dict[str, Any]]) -> str:
+    """The leader board in Markdown, from what trainings and baselines found."""
+    sections: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in found:
+        sections.setdefault((result["dataset"], result["protocol"]), []).append(result)
+    texts = [_render_section(results) for _, results in sorted(sections.items())]
+    return "\n\n".join([_INTRODUCTION, *texts]) + "\n"
+
+
+def _render_section(results: list[dict[str, Any]]) -> str:
+    some = results[0]
+    (sha256,) = {result["targets_sha256"] for result in results}
+    facts = (
+        f"{some['num_users']:,} test users, {some['num_items']:,} items. sha256 of the test pairs: "
+        f"`{sha256}`."
+    )
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if "seed" in result:
+            by_row.setdefault(result["row"], []).append(result)
+    rows = [_HEAD, "|" + "---|" * (_HEAD.count("|") - 1)]
+    for seeds in sorted(by_row.values(), key=_mean_ndcg, reverse=True):
+        rows += [_row(seeds, knowing) for knowing in seeds[0]["test"]]
+    commands = [f"python -m benchmarks.leaderboard train {row} --seed 1" for row in by_row]
+    for result in results:
+        if "seed" not in result:
+            tests = result["test"].items()
+            rows += [f"| {name} | | {_means([test])} | | | | |" for name, test in tests]
+            cut = " --cut 0.8 0.9" if "cut" in result["protocol"] else ""
+            commands.append(f"python -m benchmarks.leaderboard baselines {result['dataset']}{cut}")
+    title = f"## {some['dataset']}, {some['protocol']}"
+    return "\n".join([title, "", facts, "", *rows, "", "```sh", *commands, "```"])
+
+
+def _row(seeds: list[dict[str, Any]], knowing: str) -> str:
+    first = seeds[0]
+    recipe, minutes = first["recipe"], [result["seconds"] / 60 for result in seeds]
+    model = recipe["model"]
+    name = recipe["name"] if knowing == "model" else f"{recipe['name']}, {knowing}"
+    sizes = f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}"
+    best = ", ".join(str(result["best_epoch"]) for result in seeds)
+    return (
+        f"| {name} | {sizes} | {_means([result['test'][knowing] for result in seeds])} "
+        f"| {len(seeds)} | {best} of {first['entry']['max_epochs']} "
+        f"| {np.mean(minutes):.0f} min, {first['threads']} thread | {first['entry']['published']} |"
+    )
+
+
+def _means(tests: list[dict[str, Any]]) -> str:
+    """Means over the seeds; the interval is that of the users, averaged, and the spread that of the
+    seeds."""
+    cells = []
+    for metric in ("HR@10", "NDCG@10"):
+        means = [test[metric]["mean"] for test in tests]
+        half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
+        spread = f" ({min(means):.4f} to {max(means):.4f})" if len(tests) > 1 else ""
+        cells.append(f"{np.mean(means):.4f} ± {half:.4f}{spread}")
+    return " | ".join(cells)
+
+
+def _mean_ndcg(seeds: list[dict[str, Any]]) -> float:
+    return float(np.mean([result["test"]["model"]["NDCG@10"]["mean"] for result in seeds]))
 
 
 def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
@@ -164,18 +262,18 @@ def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def _measure(scorer: Any, dataset: Dataset) -> Row:
-    users = np.flatnonzero(dataset.split.test_U >= 0)
+def _measure(scorer: Any, dataset: Dataset, users: np.ndarray) -> Row:
     counts_I = training_counts(dataset.store, dataset.split, dataset.catalogue.num_rows)
     row = measure(scorer, dataset.store, users, dataset.split.test_U[users], counts_I)
     log.info("%s: HR@10 %s, NDCG@10 %s", row.name, row.accuracy["HR@10"], row.accuracy["NDCG@10"])
     return row
 
 
-def _facts(dataset: Dataset, rows: list[Row]) -> dict[str, Any]:
-    users = np.flatnonzero(dataset.split.test_U >= 0)
+def _facts(dataset: Dataset, users: np.ndarray, rows: list[Row]) -> dict[str, Any]:
     targets = dataset.split.test_U[users]
     return {
+        "dataset": dataset.name,
+        "protocol": dataset.protocol,
         "num_users": len(users),
         "num_items": dataset.catalogue.num_items,
         "targets_sha256": hash_targets(dataset.store, users, targets, dataset.catalogue),
@@ -203,7 +301,9 @@ def main() -> None:
     trains.add_argument("row", choices=sorted(read_entries()))
     trains.add_argument("--seed", type=int, default=1)
     trains.add_argument("--threads", type=int, default=torch.get_num_threads())
-    commands.add_parser("baselines").add_argument("dataset")
+    baselines = commands.add_parser("baselines")
+    baselines.add_argument("dataset", choices=DATASETS)
+    baselines.add_argument("--cut", type=float, nargs=2)
     commands.add_parser("table")
     arguments = parser.parse_args()
 
@@ -216,7 +316,10 @@ def main() -> None:
             )
         )
     elif arguments.command == "baselines":
-        print(json.dumps(measure_baselines(arguments.dataset)["test"]))
+        print(json.dumps(measure_baselines(arguments.dataset, arguments.cut)["test"]))
+    else:
+        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+        RESULTS.with_suffix(".md").write_text(render(found))
 
 
 if __name__ == "__main__":

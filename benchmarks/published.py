@@ -1,108 +1,196 @@
-"""The files that papers evaluate on, as token stores: read below `$NEXTITEM_DATA`, in the order of
-the file, nothing removed.
+"""The data sets of the leader board as token stores: files that papers evaluate on, read below
+`$NEXTITEM_DATA` in their own order with nothing removed, and a synthetic shop.
 """
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from data_lake.synthetic import ShopConfig, build_shop
+from data_lake.synthetic_events import generate_part
+from data_lake.synthetic_rows import clean_rows
+from data_lake.synthetic_visits import users_table
 from recsys.catalogue import Catalogue
 from recsys.context import NO_TIME, ContextConfig, ContextEncoder
-from recsys.interactions import training_counts
-from recsys.splits import Split, leave_one_out
+from recsys.interactions import training_counts, training_positions
+from recsys.splits import Split, leave_one_out, temporal_cut
 from recsys.tokens import TokenStore, previous_times
 
 NO_CONTEXT = ContextConfig(categorical=(), time=())
 
 
 @dataclass(frozen=True)
+class Events:
+    """T events as a file has them, in order within each user."""
+
+    users_T: np.ndarray
+    """int64 ids."""
+    items_T: np.ndarray
+    """int64 ids."""
+    timestamps_T: np.ndarray
+    """int64, microseconds; NO_TIME throughout where the file has none."""
+    columns: Mapping[str, pa.Array] = field(default_factory=dict)
+    """Text of each event that a context may name."""
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """A file as the models see it. Users are in ascending order of their ids."""
+    """Events as models see them. Users are in ascending order of their ids."""
 
     name: str
+    protocol: str
     catalogue: Catalogue
     context: ContextEncoder
     store: TokenStore
     split: Split
 
 
-def data_folder() -> Path:
-    """Where the data sets lie. Raises: FileNotFoundError when the variable is not set."""
-    folder = os.environ.get("NEXTITEM_DATA")
-    if not folder:
-        raise FileNotFoundError("NEXTITEM_DATA is not set; set it to the folder above ml-1m.")
-    return Path(folder)
-
-
-def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Users and items, int64 `[T]`, of a file with a line `user item` an event."""
-    pairs_T2 = np.loadtxt(path, dtype=np.int64)
-    return pairs_T2[:, 0], pairs_T2[:, 1]
-
-
-def read_lists(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Users and items, int64 `[T]`, of a file with a line `user item item ...` a user."""
-    lines = [np.array(line.split(), np.int64) for line in path.read_text().splitlines()]
-    users_T = np.repeat([line[0] for line in lines], [len(line) - 1 for line in lines])
-    return users_T, np.concatenate([line[1:] for line in lines])
-
-
-def read_ratings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users, items and microseconds, int64 `[T]`, of `user::item::rating::seconds` lines."""
-    columns_T4 = np.loadtxt((line.replace("::", " ") for line in path.open()), dtype=np.int64)
-    return columns_T4[:, 0], columns_T4[:, 1], columns_T4[:, 3] * 1_000_000
-
-
-def assemble(
-    name: str,
-    users_T: np.ndarray,
-    items_T: np.ndarray,
-    timestamps_T: np.ndarray | None = None,
-    context: ContextConfig = NO_CONTEXT,
+def read_dataset(
+    name: str, context: ContextConfig = NO_CONTEXT, cut: tuple[float, float] | None = None
 ) -> Dataset:
-    """A data set of events that are in order within each user; a stable sort by time where there
-    are times.
+    """One of `DATASETS`, split by leave-one-out, or by the clock with a `cut`: validation begins at
+    the first and test at the second quantile of all times, and a user's first event in a period is
+    the target there.
+
+    Raises: KeyError, FileNotFoundError, ValueError for a cut through events without times.
     """
-    times_T = np.full(len(users_T), NO_TIME) if timestamps_T is None else timestamps_T
-    order = np.lexsort((times_T, users_T))
-    user_ids_U, counts_U = np.unique(users_T, return_counts=True)
+    events = _in_order(DATASETS[name]())
+    user_ids_U, counts_U = np.unique(events.users_T, return_counts=True)
     offsets_U = np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)
-    item_ids = np.unique(items_T)
-    encoder = ContextEncoder.learn(context, {})
-    times_T = times_T[order]
+    split = _split(offsets_U, events.timestamps_T, cut)
+    item_ids, places_T = np.unique(events.items_T, return_inverse=True)
     bare = Catalogue.build(pa.array(item_ids), np.zeros(len(item_ids), np.int64), None)
     store = TokenStore(
         pa.array(user_ids_U),
         offsets_U,
-        bare.encode(pa.array(items_T[order])),
-        encoder.encode(times_T, previous_times(times_T, offsets_U), {}),
-        times_T,
+        bare.encode(pa.array(item_ids))[places_T],
+        np.zeros((len(places_T), 0), np.uint8),
+        events.timestamps_T,
     )
-    split = leave_one_out(offsets_U)
     counts_I = training_counts(store, split, bare.num_rows)
-    catalogue = Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], None)
-    return Dataset(name, catalogue, encoder, store, split)
+    encoder = _learn_context(context, events, training_positions(store, split))
+    previous_T = previous_times(events.timestamps_T, offsets_U)
+    codes_TF = encoder.encode(events.timestamps_T, previous_T, events.columns)
+    return Dataset(
+        name,
+        "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}",
+        Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], None),
+        encoder,
+        TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
+        split,
+    )
 
 
-def read_dataset(name: str) -> Dataset:
-    """One of `DATASETS`. Raises: KeyError, FileNotFoundError."""
-    return DATASETS[name]()
+def read_pairs(path: Path) -> Events:
+    """A file with a line `user item` an event."""
+    pairs_T2 = np.loadtxt(path, dtype=np.int64)
+    return Events(pairs_T2[:, 0], pairs_T2[:, 1], np.full(len(pairs_T2), NO_TIME))
 
 
-def _ml_1m() -> Dataset:
-    return assemble("ml-1m.txt", *read_pairs(data_folder() / "ml-1m/ml-1m.txt"))
+def read_lists(path: Path) -> Events:
+    """A file with a line `user item item ...` a user."""
+    lines = [np.array(line.split(), np.int64) for line in path.read_text().splitlines()]
+    users_T = np.repeat([line[0] for line in lines], [len(line) - 1 for line in lines])
+    items_T = np.concatenate([line[1:] for line in lines])
+    return Events(users_T, items_T, np.full(len(items_T), NO_TIME))
 
 
-def _ml_1m_ratings() -> Dataset:
-    clock = ContextConfig(categorical=(), time=("hour", "weekday", "gap"))
-    return assemble("ml-1m ratings.dat", *read_ratings(data_folder() / "ml-1m/ratings.dat"), clock)
+def read_ratings(folder: Path) -> Events:
+    """MovieLens: `user::item::rating::seconds`, and `user::gender::age::...` as the segment."""
+    lines = (line.replace("::", " ") for line in (folder / "ratings.dat").open())
+    users_T, items_T, _, seconds_T = np.loadtxt(lines, dtype=np.int64).T
+    of_user = [line.split("::") for line in (folder / "users.dat").read_text().splitlines()]
+    segments = {int(user): f"{gender} {age}" for user, gender, age, *_ in of_user}
+    segments_T = pa.array([segments[user] for user in users_T.tolist()])
+    return Events(users_T, items_T, seconds_T * 1_000_000, {"segment": segments_T})
 
 
-def _beauty() -> Dataset:
-    return assemble("beauty", *read_lists(data_folder() / "beauty/Beauty.txt"))
+def read_clicks(path: Path) -> Events:
+    """The clicks of globo; codes of device, region and referrer are kept as text."""
+    clicks = pq.read_table(path)
+    names = {
+        "device": "click_deviceGroup",
+        "region": "click_region",
+        "referrer": "click_referrer_type",
+    }
+    return Events(
+        clicks["user_id"].to_numpy(),
+        clicks["click_article_id"].to_numpy(),
+        clicks["click_timestamp"].cast(pa.int64()).to_numpy() * 1000,
+        {name: clicks[column].cast(pa.string()).combine_chunks() for name, column in names.items()},
+    )
 
 
-DATASETS = {"ml-1m": _ml_1m, "ml-1m-ratings": _ml_1m_ratings, "beauty": _beauty}
+def make_shop(config: ShopConfig, seed: int) -> Events:
+    """The clean events of a synthetic shop, with device, event type and segment."""
+    shop = build_shop(config, seed)
+    parts, segments = [], []
+    for part in range(config.num_parts):
+        trajectories = generate_part(shop, part)
+        parts.append(clean_rows(shop, part, trajectories))
+        users = users_table(trajectories.visitors)
+        places = np.searchsorted(users["user_id"].to_numpy(), parts[-1]["user_id"].to_numpy())
+        segments.append(users["segment"].combine_chunks().take(pa.array(places)))
+    rows = pa.concat_tables(parts)
+    columns = {
+        name: rows[name].combine_chunks().cast(pa.string()) for name in ("device", "event_type")
+    }
+    return Events(
+        rows["user_id"].to_numpy(),
+        rows["item_id"].to_numpy(),
+        rows["timestamp"].cast(pa.int64()).to_numpy(),
+        columns | {"segment": pa.concat_arrays(segments).cast(pa.string())},
+    )
+
+
+def _in_order(events: Events) -> Events:
+    order = np.lexsort((events.timestamps_T, events.users_T))
+    return Events(
+        events.users_T[order],
+        events.items_T[order],
+        events.timestamps_T[order],
+        {name: values.take(pa.array(order)) for name, values in events.columns.items()},
+    )
+
+
+def _split(
+    offsets_U: np.ndarray, timestamps_T: np.ndarray, cut: tuple[float, float] | None
+) -> Split:
+    if cut is None:
+        return leave_one_out(offsets_U)
+    if (timestamps_T == NO_TIME).any():
+        raise ValueError("This data set has no times, so it cannot be cut by them; leave cut out.")
+    validation_us, test_us = np.quantile(timestamps_T, cut).astype(np.int64).tolist()
+    return temporal_cut(offsets_U, timestamps_T, validation_us, test_us)
+
+
+def _learn_context(
+    config: ContextConfig, events: Events, positions_T: np.ndarray
+) -> ContextEncoder:
+    values = {
+        name: Counter(events.columns[name].take(pa.array(positions_T)).to_pylist())
+        for name in config.categorical
+    }
+    return ContextEncoder.learn(config, values)
+
+
+def _data(path: str) -> Path:
+    folder = os.environ.get("NEXTITEM_DATA")
+    if not folder:
+        raise FileNotFoundError("NEXTITEM_DATA is not set; set it to the folder above ml-1m.")
+    return Path(folder) / path
+
+
+DATASETS: Mapping[str, Callable[[], Events]] = {
+    "ml-1m.txt": lambda: read_pairs(_data("ml-1m/ml-1m.txt")),
+    "ml-1m": lambda: read_ratings(_data("ml-1m")),
+    "beauty": lambda: read_lists(_data("beauty/Beauty.txt")),
+    "globo": lambda: read_clicks(_data("globo/clicks.parquet")),
+    "shop": lambda: make_shop(ShopConfig(num_users=20_000, num_items=1_000), seed=7),
+}

@@ -86,7 +86,7 @@ def test_workers_and_the_object_store_of_ray_are_told_apart(ray_cluster):
     @ray.remote
     def hold(block):
         mine = np.ones(100 * MB, np.int8)
-        time.sleep(0.5)
+        time.sleep(2)
         return int(mine.sum() + block.sum())
 
     with PeakMemory() as before:

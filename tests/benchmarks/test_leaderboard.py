@@ -1,0 +1,88 @@
+"""The leader board: what is trained, resumed, kept and shown."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import leaderboard, published
+from benchmarks.leaderboard import Entry, measure_baselines, read_entries, render, train
+from benchmarks.published import Events
+from recsys.context import NO_TIME
+from recsys.recipe import read_recipe
+
+_ENTRY = Entry(
+    dataset="circle",
+    recipe="sasrec-ce",
+    max_epochs=3,
+    published="0.5 / 0.5, somebody",
+    overrides={"batch_size": 8, "model": {"dim": 16, "max_len": 8}},
+)
+
+
+@pytest.fixture
+def circle(monkeypatch, tmp_path):
+    """Ten items in a circle, 40 users who walk along it; results and checkpoints in `tmp_path`."""
+    users = np.repeat(np.arange(40), 6)
+    items = (users * 3 + np.tile(np.arange(6), 40)) % 10
+    events = Events(users, items, np.full(len(users), NO_TIME))
+    monkeypatch.setattr(published, "DATASETS", {"circle": lambda: events})
+    monkeypatch.setattr(leaderboard, "DATASETS", {"circle": lambda: events})
+    monkeypatch.setattr(leaderboard, "read_entries", lambda: {"circle-ce": _ENTRY})
+    monkeypatch.setattr(leaderboard, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("NEXTITEM_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(read_entries()))
+def test_every_row_fits_its_recipe_and_data(name):
+    entry = read_entries()[name]
+    assert read_recipe(entry.recipe, entry.overrides).name == entry.recipe
+    assert entry.dataset in published.DATASETS
+
+
+def test_what_a_training_found_is_kept(circle):
+    found = train("circle-ce", seed=1, threads=1)
+    kept = json.loads((circle / "results/circle-ce-1.json").read_text())
+    assert kept["test"] == found["test"]
+    assert kept["num_users"] == 40
+    assert len(kept["history"]) == kept["epochs"] == 3
+    assert len(kept["targets_sha256"]) == 64
+
+
+def test_a_training_that_was_cut_off_ends_where_an_unbroken_one_ends(circle, monkeypatch):
+    whole = train("circle-ce", seed=1, threads=1)
+    monkeypatch.setenv("NEXTITEM_HOME", str(circle / "elsewhere"))
+    first = leaderboard.Trainer.train_epoch
+    calls = []
+
+    def dies_in_the_second_epoch(trainer):
+        calls.append(trainer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return first(trainer)
+
+    monkeypatch.setattr(leaderboard.Trainer, "train_epoch", dies_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train("circle-ce", seed=1, threads=1)
+    again = train("circle-ce", seed=1, threads=1)
+    assert len(calls) == 4
+    assert again["test"] == whole["test"]
+    assert [epoch["loss"] for epoch in again["history"]] == [
+        epoch["loss"] for epoch in whole["history"]
+    ]
+
+
+@pytest.mark.usefixtures("circle")
+def test_the_table_shows_means_over_seeds_and_what_was_published():
+    found = [train("circle-ce", seed=seed, threads=1) for seed in (1, 2)]
+    found.append(measure_baselines("circle", None))
+    text = render(found)
+    mean = np.mean([result["test"]["model"]["NDCG@10"]["mean"] for result in found[:2]])
+    (row,) = [line for line in text.splitlines() if line.startswith("| sasrec-ce")]
+    assert f"| {mean:.4f} ±" in row
+    assert "| 16/2/1/8 |" in row
+    assert "0.5 / 0.5, somebody" in row
+    assert "| covisitation |" in text
+    assert "recent-popularity" not in text  # the file has no times
+    assert found[0]["targets_sha256"] in text
