@@ -12,6 +12,7 @@ from recsys.artifact import load_model
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.model import NextItemModel
+from recsys.targets import TargetEvents, TargetsConfig, find_targets
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class FinishedRun:
 
     def load_model(self) -> NextItemModel:
         return load_model(self.folder, self.vocabulary.catalogue, self.vocabulary.context)
+
+    @property
+    def targets(self) -> TargetEvents | None:
+        """The events that the model was trained to predict; None: every one."""
+        # Runs from before there was a choice recorded none.
+        configured = self.facts["config"].get("train", {}).get("targets", {})
+        return find_targets(TargetsConfig.model_validate(configured), self.vocabulary.context)
 
     def evaluation(self) -> dict[str, Any]:
         """What `ray_jobs.evaluate` wrote. Raises JobError when it has not run."""
