@@ -136,6 +136,24 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class TargetWeights:
+    """`TargetEvents` on a device."""
+
+    field: int
+    weights_V: Tensor
+    is_weighted: bool
+
+    @classmethod
+    def of(cls, targets: TargetEvents, device: torch.device) -> "TargetWeights":
+        weights_V = torch.from_numpy(targets.weights_V).to(device)
+        return cls(targets.field, weights_V, targets.is_weighted)
+
+    def weigh(self, context_BLF: Tensor) -> Tensor:
+        """Weight of each event as a target, fp32 `[B, L]`; 0 where it is none."""
+        return self.weights_V[context_BLF[..., self.field]]
+
+
+@dataclass(frozen=True)
 class _Gathered:
     """Windows, and which of their events may be targets."""
 
@@ -171,7 +189,7 @@ def make_batch(
     context_BLF: Tensor,
     known_at_request_F: Tensor,
     generator: torch.Generator,
-    targets: TargetEvents | None = None,
+    targets: TargetWeights | None = None,
 ) -> Batch:
     """Chooses the scored positions of gathered windows, and hides from them what a request does not
     know.

@@ -132,9 +132,11 @@ def can_train(
     """
     seconds_U = np.minimum(offsets_U[:-1] + 1, split.train_end_U)
     if is_target_T is None:
-        return seconds_U < split.train_end_U
-    before_T = _cumulate(is_target_T)
-    is_trainable_U: np.ndarray = before_T[seconds_U] < before_T[split.train_end_U]
+        before_U, until_U = seconds_U, split.train_end_U
+    else:
+        counts_T = _cumulate(is_target_T)
+        before_U, until_U = counts_T[seconds_U], counts_T[split.train_end_U]
+    is_trainable_U: np.ndarray = before_U < until_U
     return is_trainable_U
 
 

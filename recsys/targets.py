@@ -4,14 +4,12 @@ What a model reads is another matter: event types as inputs are a context field 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
-from torch import Tensor
 
 from recsys.context import ContextEncoder
 from recsys.errors import TrainingError
@@ -66,23 +64,15 @@ class TargetEvents:
 
     field: int
     """Column of the context that holds the event type."""
-    weights_V: Tensor
+    weights_V: np.ndarray
     """fp32, weight in the loss of each code of that field; 0 where it is no target."""
     is_weighted: bool
     """Whether targets weigh differently."""
 
     def mark(self, context_TF: np.ndarray) -> np.ndarray:
         """Which events of a store are targets, bool `[T]`."""
-        is_target_V = (self.weights_V > 0).cpu().numpy()
-        marks_T: np.ndarray = is_target_V[context_TF[:, self.field]]
+        marks_T: np.ndarray = (self.weights_V > 0)[context_TF[:, self.field]]
         return marks_T
-
-    def weigh(self, context_BLF: Tensor) -> Tensor:
-        """Weight of each event as a target, fp32 `[B, L]`; the context is on our device."""
-        return self.weights_V[context_BLF[..., self.field]]
-
-    def to(self, device: torch.device) -> "TargetEvents":
-        return replace(self, weights_V=self.weights_V.to(device))
 
 
 def find_targets(config: TargetsConfig, encoder: ContextEncoder) -> TargetEvents | None:
@@ -110,6 +100,6 @@ def find_targets(config: TargetsConfig, encoder: ContextEncoder) -> TargetEvents
         for name in known
     ]
     # Code 0, a type that training did not know, can only be a target where every event is one.
-    weights_V = torch.tensor([0.0 if config.event_types else 1.0, *weights])
-    is_weighted = len(set(weights_V.tolist()) - {0.0}) > 1
+    weights_V = np.array([0.0 if config.event_types else 1.0, *weights], np.float32)
+    is_weighted = len(np.unique(weights_V[weights_V > 0])) > 1
     return TargetEvents(encoder.fields.index(FIELD), weights_V, is_weighted)

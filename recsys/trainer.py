@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys.batches import Batch, Windows, make_batch
+from recsys.batches import Batch, TargetWeights, Windows, make_batch
 from recsys.errors import TrainingError
 from recsys.evaluation import rank_targets
 from recsys.interactions import training_positions
@@ -102,7 +102,7 @@ class Trainer:
         self.dtype = choose_dtype(config.precision, device)
         self._store, self._split = store, split
         self._known_at_request_F = known_at_request_F
-        self._targets = None if targets is None else targets.to(device)
+        self._targets = None if targets is None else TargetWeights.of(targets, device)
         self._filter_seen = filter_seen
 
         # Of a causal window one event at least is a target and no input, so it is one event longer.
