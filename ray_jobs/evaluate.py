@@ -112,6 +112,7 @@ def evaluate_run(
     evaluation = {
         "run": finished.folder.name,
         "protocol": split.model_dump(mode="json"),
+        "target_event_types": list(finished.targets_config.event_types),
         "filter_seen": config.evaluate.filter_seen,
         "sequences_version": finished.facts["sequences_version"],
         "seed": config.seed,

@@ -28,11 +28,15 @@ class FinishedRun:
         return load_model(self.folder, self.vocabulary.catalogue, self.vocabulary.context)
 
     @property
-    def targets(self) -> TargetEvents | None:
-        """The events that the model was trained to predict; None: every one."""
+    def targets_config(self) -> TargetsConfig:
+        """Which events the model was trained to predict."""
         # Runs from before there was a choice recorded none.
-        configured = self.facts["config"].get("train", {}).get("targets", {})
-        return find_targets(TargetsConfig.model_validate(configured), self.vocabulary.context)
+        return TargetsConfig.model_validate(self.facts["config"]["train"].get("targets", {}))
+
+    @property
+    def targets(self) -> TargetEvents | None:
+        """The same as codes; None: every event."""
+        return find_targets(self.targets_config, self.vocabulary.context)
 
     def evaluation(self) -> dict[str, Any]:
         """What `ray_jobs.evaluate` wrote. Raises JobError when it has not run."""

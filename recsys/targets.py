@@ -27,7 +27,8 @@ class TargetsConfig(BaseModel):
     """Types that are predicted, in training, validation and test alike; empty: every event. All
     events stay inputs. What is bought has often been viewed before, so `evaluate.filter_seen =
     false`, and `exclude_seen = false` in requests, belong to purchases as targets: with seen items
-    left out such a target ranks last, whatever the model says."""
+    left out such a target ranks last, whatever the model says. (With `sequences.drop_repeats` a
+    purchase and the views right before it are one position, of the type purchase.)"""
     weights: Mapping[str, PositiveFloat] = Field(default_factory=dict)
     """Weight of a target in the training loss by its type, 1 where none is given, e.g.
     `{ purchase = 3, view = 0.5 }`; metrics count every target alike."""
