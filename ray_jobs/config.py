@@ -26,6 +26,7 @@ from ray_jobs.errors import ConfigError
 from recsys.context import ContextConfig
 from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig
+from recsys.targets import FIELD, TargetsConfig
 from recsys.trainer import TrainerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -92,6 +93,7 @@ class TrainConfig(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Single values of the recipe, e.g. `[train.overrides.model] dim = 128`."""
     context: ContextConfig = ContextConfig()
+    targets: TargetsConfig = TargetsConfig()
     trainer: TrainerConfig = TrainerConfig()
     name: str | None = None
     """Name of the run; a run that was killed goes on when it is started with its name again."""
@@ -109,6 +111,15 @@ class TrainConfig(Section):
             read_recipe(info.data["recipe"], overrides)
         return overrides
 
+    @model_validator(mode="after")
+    def _knows_targets(self) -> Self:
+        if self.targets.are_needed and FIELD not in self.context.categorical:
+            raise ValueError(
+                f"targets tell events apart by {FIELD!r}, which context.categorical does not "
+                "name; add it there"
+            )
+        return self
+
 
 class EvaluateConfig(Section):
     """What is ranked, and against which baselines."""
@@ -116,7 +127,8 @@ class EvaluateConfig(Section):
     run: str | None = None
     """Name of a finished run; the newest one by default."""
     filter_seen: bool = True
-    """Whether items of the user's history are left out of the ranking."""
+    """Whether items of the user's history are left out of the ranking, here and in the validations
+    of training. False belongs to `train.targets` that come after a view of the same item."""
     max_users: int = Field(20_000, ge=1)
     """At most so many users, a seeded sample, are ranked."""
     baselines: tuple[str, ...] = (

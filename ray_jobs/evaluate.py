@@ -39,6 +39,7 @@ from recsys.leaderboard import (
 from recsys.scorer import ModelScorer
 from recsys.slices import slice_labels, slice_ndcg
 from recsys.splits import Split, SplitConfig, split_tokens
+from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def evaluate_run(
     # The split that the model was trained with: another one could test on what it has seen.
     split = SplitConfig.model_validate(finished.facts["config"]["split"])
     store = collect_tokens(tokens, len(context.fields))
-    targets = choose_targets(store, split, catalogue.num_rows, config)
+    targets = choose_targets(store, split, catalogue.num_rows, config, finished.targets)
 
     names, skipped = _fitting_baselines(config.evaluate.baselines, catalogue.num_items)
     models = _measure_models(finished, targets, config)
@@ -111,6 +112,7 @@ def evaluate_run(
     evaluation = {
         "run": finished.folder.name,
         "protocol": split.model_dump(mode="json"),
+        "target_event_types": list(finished.targets_config.event_types),
         "filter_seen": config.evaluate.filter_seen,
         "sequences_version": finished.facts["sequences_version"],
         "seed": config.seed,
@@ -129,13 +131,17 @@ def evaluate_run(
 
 
 def choose_targets(
-    store: TokenStore, split_config: SplitConfig, num_rows: int, config: PipelineConfig
+    store: TokenStore,
+    split_config: SplitConfig,
+    num_rows: int,
+    config: PipelineConfig,
+    target_events: TargetEvents | None = None,
 ) -> Targets:
     """The test events of all users, or of a seeded sample of `evaluate.max_users`.
 
     Raises: JobError when there is none.
     """
-    split = split_tokens(store, split_config)
+    split = split_tokens(store, split_config, target_events)
     users = np.flatnonzero(split.test_U >= 0)
     if len(users) == 0:
         raise JobError(

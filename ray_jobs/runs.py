@@ -12,6 +12,7 @@ from recsys.artifact import load_model
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.model import NextItemModel
+from recsys.targets import TargetEvents, TargetsConfig, find_targets
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,17 @@ class FinishedRun:
 
     def load_model(self) -> NextItemModel:
         return load_model(self.folder, self.vocabulary.catalogue, self.vocabulary.context)
+
+    @property
+    def targets_config(self) -> TargetsConfig:
+        """Which events the model was trained to predict."""
+        # Runs from before there was a choice recorded none.
+        return TargetsConfig.model_validate(self.facts["config"]["train"].get("targets", {}))
+
+    @property
+    def targets(self) -> TargetEvents | None:
+        """The same as codes; None: every event."""
+        return find_targets(self.targets_config, self.vocabulary.context)
 
     def evaluation(self) -> dict[str, Any]:
         """What `ray_jobs.evaluate` wrote. Raises JobError when it has not run."""

@@ -15,7 +15,8 @@ from data_lake.tables import files_by_bucket, open_table, read_table, table_exis
 from ray_jobs.config import PipelineConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
-from recsys.splits import Split, SplitConfig, split_offsets
+from recsys.splits import Split, SplitConfig, can_train, split_offsets
+from recsys.targets import FIELD, TargetsConfig
 from recsys.tokens import TokenStore, list_column
 
 _COLUMNS = ("user_id", "segment", "item_ids", "timestamps")
@@ -35,7 +36,7 @@ class Learned:
 
     vocabulary: Vocabulary
     num_trainable: int
-    """Users with two training events or more."""
+    """Users with two training events or more, a later one being a target."""
     num_validated: int
     """Users with a validation event."""
     items_version: int | None = None
@@ -67,6 +68,7 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         batch_format="pyarrow",
         fn_kwargs={
             "split": config.split,
+            "targets": config.train.targets,
             "fields": _list_fields(sequences, config),
             "options": config.storage.options,
         },
@@ -136,17 +138,25 @@ def _list_fields(sequences: DeltaTable, config: PipelineConfig) -> list[str]:
 
 
 def _count_bucket(
-    batch: pa.Table, *, split: SplitConfig, fields: list[str], options: dict[str, str]
+    batch: pa.Table,
+    *,
+    split: SplitConfig,
+    targets: TargetsConfig,
+    fields: list[str],
+    options: dict[str, str],
 ) -> pa.Table:
     columns = (*_COLUMNS, *map(list_column, fields))
     sequences = read_files(batch["files"][0].as_py(), columns, options).combine_chunks()
-    offsets_U, cut = _split(sequences, split)
+    is_target_T = (
+        targets.mark(_flatten(sequences, list_column(FIELD))) if targets.event_types else None
+    )
+    offsets_U, cut = _split(sequences, split, is_target_T)
     places_T = np.arange(offsets_U[-1])
     is_training = pa.array(places_T < np.repeat(cut.train_end_U, np.diff(offsets_U)))
     items = _flatten(sequences, "item_ids")
     # Items that were only seen later are in the catalogue too, with a count of 0.
     parts = [
-        _users(offsets_U, cut),
+        _users(cut, can_train(offsets_U, cut, is_target_T)),
         _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
         _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
     ]
@@ -172,17 +182,18 @@ def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str
     return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
 
 
-def _split(sequences: pa.Table, split: SplitConfig) -> tuple[np.ndarray, Split]:
+def _split(
+    sequences: pa.Table, split: SplitConfig, is_target_T: np.ndarray | None
+) -> tuple[np.ndarray, Split]:
     lengths_U = sequences["item_ids"].chunk(0).value_lengths().to_numpy(zero_copy_only=False)
     offsets_U = np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
     timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
-    return offsets_U, split_offsets(offsets_U, timestamps_T, split)
+    return offsets_U, split_offsets(offsets_U, timestamps_T, split, is_target_T)
 
 
-def _users(offsets_U: np.ndarray, cut: Split) -> pa.Table:
-    trainable = int((cut.train_end_U - offsets_U[:-1] >= 2).sum())
-    validated = int((cut.validation_U >= 0).sum())
-    counts = {"value": ["trainable", "validated"], "count": [trainable, validated]}
+def _users(cut: Split, is_trainable_U: np.ndarray) -> pa.Table:
+    numbers = [int(is_trainable_U.sum()), int((cut.validation_U >= 0).sum())]
+    counts = {"value": ["trainable", "validated"], "count": numbers}
     return pa.table({"field": ["users", "users"], **counts})
 
 

@@ -48,6 +48,7 @@ from recsys.artifact import save_model
 from recsys.model import NextItemModel
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import split_tokens
+from recsys.targets import find_targets
 from recsys.tokens import TokenStore
 from recsys.trainer import EpochReport, Trainer, load_checkpoint, save_checkpoint
 
@@ -72,8 +73,9 @@ def run(config: PipelineConfig) -> Report:
     scaling = _scaling(config)
     sequences = open_sequences(config)
     learned = learn_vocabulary(sequences, config)
-    _refuse_untrainable(learned)
     vocabulary = learned.vocabulary
+    find_targets(config.train.targets, vocabulary.context)  # those that nobody knows are refused
+    _refuse_untrainable(learned)
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -138,15 +140,19 @@ def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = NextItemModel(plan.recipe.model, plan.vocabulary.catalogue.num_rows, context.sizes)
+    targets = find_targets(config.train.targets, context)
     return Trainer(
         plan.recipe,
         config.train.trainer,
         model,
         store,
-        split_tokens(store, config.split),
+        split_tokens(store, config.split, targets),
         context.known_at_request_F,
         seed=config.seed,
         device=get_device(),
+        targets=targets,
+        # The best epoch is chosen by what will be evaluated.
+        filter_seen=config.evaluate.filter_seen,
     )
 
 
@@ -193,7 +199,7 @@ def _refuse_untrainable(learned: Learned) -> None:
         raise JobError(
             f"Of all users {learned.num_trainable} have two training events and "
             f"{learned.num_validated} a validation event; both are needed. Ingest longer "
-            "histories, or choose other dates in [split]."
+            "histories, or choose other dates in [split] or other events in [train.targets]."
         )
 
 

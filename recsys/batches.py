@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from recsys.catalogue import MASK, PAD
 from recsys.context import count_seconds
-from recsys.splits import Split
+from recsys.splits import Split, can_train
+from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
 
@@ -18,13 +19,20 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["masked-item", "next-item"] = "masked-item"
+    kind: Literal["masked-item", "next-item", "recency-sampling"] = "masked-item"
+    """masked-item: hidden items from what stands around them; next-item: at each position the item
+    that follows; recency-sampling: from what is left of a window the recent items that were drawn
+    and taken out of it (Petrov & Macdonald, 2022, doi:10.1145/3523227.3546785)."""
     mask_prob: float = Field(0.2, gt=0, lt=1)
     """masked-item: share of a window's positions that are hidden and scored."""
     last_prob: float = Field(0.2, ge=0, le=1)
-    """masked-item: share of the windows in which the last position alone is hidden, as when
-    recommending.
+    """masked-item: share of the windows in which the last target alone is hidden and nothing stands
+    after it, as when recommending.
     """
+    recency: float = Field(0.8, gt=0, le=1)
+    """recency-sampling: a target is so many times as likely to be drawn as the one after it."""
+    target_share: float = Field(0.2, gt=0, lt=1)
+    """recency-sampling: at most this share of a window's targets is drawn, and one at least."""
     context_dropout: float = Field(0.1, ge=0, le=1)
     """Share of the windows whose scored positions know nothing of the request, so that a request
     may bring nothing.
@@ -34,7 +42,7 @@ class ObjectiveConfig(BaseModel):
 @dataclass(frozen=True)
 class Batch:
     """Inputs of the model, and the M scored positions as flat indices into `[B * L]` with their
-    targets.
+    targets. A position with several targets is scored as often.
     """
 
     items_BL: Tensor
@@ -43,6 +51,15 @@ class Batch:
     seconds_BL2: Tensor
     scored_M: Tensor
     targets_M: Tensor
+    weights_M: Tensor | None = None
+    """fp32, above 0; None where all targets weigh the same."""
+
+    @property
+    def weight(self) -> Tensor | int:
+        """What the batch counts for in a mean over batches: the sum of its weights."""
+        if self.weights_M is None:
+            return len(self.targets_M)
+        return self.weights_M.sum(dtype=torch.float64)
 
 
 class Windows:
@@ -51,13 +68,21 @@ class Windows:
 
     A long sequence gives `ceil(n / max_len)` windows. The last one always ends where training ends;
     the others are shifted by a random amount each epoch, so that windows are not cut at the same
-    place twice.
+    place twice. Users without anything to learn from have none.
     """
 
-    def __init__(self, store: TokenStore, split: Split, max_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        split: Split,
+        max_len: int,
+        device: torch.device,
+        is_target_T: np.ndarray | None = None,
+    ) -> None:
         starts_U = store.offsets_U[:-1]
         lengths_U = split.train_end_U - starts_U
-        num_windows_U = np.where(lengths_U >= 2, -(-lengths_U // max_len), 0)
+        is_used_U = can_train(store.offsets_U, split, is_target_T)
+        num_windows_U = np.where(is_used_U, -(-lengths_U // max_len), 0)
         users = np.repeat(np.arange(store.num_users), num_windows_U)
         order = np.arange(len(users)) - np.repeat(
             np.cumsum(num_windows_U) - num_windows_U, num_windows_U
@@ -116,6 +141,63 @@ class Windows:
         return items_BL, context_BLF, seconds_BL
 
 
+@dataclass(frozen=True)
+class TargetWeights:
+    """`TargetEvents` on a device."""
+
+    field: int
+    weights_V: Tensor
+    is_weighted: bool
+
+    @classmethod
+    def of(cls, targets: TargetEvents, device: torch.device) -> "TargetWeights":
+        weights_V = torch.from_numpy(targets.weights_V).to(device)
+        return cls(targets.field, weights_V, targets.is_weighted)
+
+    def weigh(self, context_BLF: Tensor) -> Tensor:
+        """Weight of each event as a target, fp32 `[B, L]`; 0 where it is none."""
+        return self.weights_V[context_BLF[..., self.field]]
+
+
+class _Told(NamedTuple):
+    """What the request of a window's scored positions tells."""
+
+    fields_B1F: Tensor
+    time_B1: Tensor
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Windows, and which of their events may be targets."""
+
+    items_BL: Tensor
+    context_BLF: Tensor
+    seconds_BL: Tensor
+    is_target_BL: Tensor
+    weights_BL: Tensor | None
+    all_are_targets: bool
+
+    def end_at_target(self, is_chosen_B1: Tensor) -> "_Gathered":
+        """Chosen windows without the events after their last target, left-padded again; those that
+        have no target stay as they are.
+        """
+        if self.all_are_targets:
+            return self
+        back_B1 = self.is_target_BL.flip(1).int().argmax(1, keepdim=True) * is_chosen_B1
+        B, L, num_fields = self.context_BLF.shape
+        places_BL = torch.arange(L, device=back_B1.device) - back_B1
+        is_token_BL, from_BL = places_BL >= 0, places_BL.clamp(min=0)
+        from_BLF = from_BL[..., None].expand(B, L, num_fields)
+        return _Gathered(
+            self.items_BL.gather(1, from_BL).masked_fill_(~is_token_BL, PAD),
+            self.context_BLF.gather(1, from_BLF).masked_fill_(~is_token_BL[..., None], 0),
+            self.seconds_BL.gather(1, from_BL).masked_fill_(~is_token_BL, 0),
+            self.is_target_BL.gather(1, from_BL) & is_token_BL,
+            None if self.weights_BL is None else self.weights_BL.gather(1, from_BL),
+            all_are_targets=False,
+        )
+
+
 def make_batch(
     objective: ObjectiveConfig,
     items_BL: Tensor,
@@ -123,68 +205,147 @@ def make_batch(
     seconds_BL: Tensor,
     known_at_request_F: Tensor,
     generator: torch.Generator,
+    targets: TargetWeights | None = None,
 ) -> Batch:
     """Chooses the scored positions of gathered windows, and hides from them what a request does not
     know.
+
+    With `targets` only such events are predicted, and all are read; a window may then score
+    nothing.
     """
-    forget_B11 = _draw(items_BL[:, :1], generator)[..., None] < objective.context_dropout
+    is_forgetful_B11 = _draw(items_BL[:, :1], generator)[..., None] < objective.context_dropout
+    told = _Told(known_at_request_F & ~is_forgetful_B11, ~is_forgetful_B11[..., 0])
+    is_target_BL, weights_BL = items_BL != PAD, None
+    if targets is not None:
+        of_type_BL = targets.weigh(context_BLF)
+        is_target_BL = is_target_BL & (of_type_BL > 0)
+        weights_BL = of_type_BL if targets.is_weighted else None
+    windows = _Gathered(
+        items_BL, context_BLF, seconds_BL, is_target_BL, weights_BL, targets is None
+    )
+
     if objective.kind == "masked-item":
-        return _masked_item(
-            objective, items_BL, context_BLF, seconds_BL, known_at_request_F, forget_B11, generator
-        )
-    return _next_item(items_BL, context_BLF, seconds_BL, known_at_request_F, forget_B11)
+        return _masked_item(objective, windows, told, generator)
+    if objective.kind == "recency-sampling":
+        return _recency_sampling(objective, windows, told, generator)
+    return _next_item(windows, told)
 
 
 def _masked_item(
-    objective: ObjectiveConfig,
-    items_BL: Tensor,
-    context_BLF: Tensor,
-    seconds_BL: Tensor,
-    known_at_request_F: Tensor,
-    forget_B11: Tensor,
-    generator: torch.Generator,
+    objective: ObjectiveConfig, windows: _Gathered, told: _Told, generator: torch.Generator
 ) -> Batch:
-    is_token_BL = items_BL != PAD
-    is_masked_BL = (_draw(items_BL, generator) < objective.mask_prob) & is_token_BL
-    # Windows that drew no position score their last one, and so do those that imitate a
-    # recommendation.
-    last_only_B1 = _draw(items_BL[:, :1], generator) < objective.last_prob
+    draws_BL = _draw(windows.items_BL, generator)
+    is_masked_BL = (draws_BL < objective.mask_prob) & windows.is_target_BL
+    # Windows that drew no position score their last target, and so do those that imitate a
+    # recommendation; nothing may stand after it, as nothing does when recommending.
+    last_only_B1 = _draw(windows.items_BL[:, :1], generator) < objective.last_prob
     last_only_B1 |= ~is_masked_BL.any(1, keepdim=True)
-    is_last_BL = torch.zeros_like(is_token_BL)
-    is_last_BL[:, -1] = True
+    windows = windows.end_at_target(last_only_B1)
+    is_last_BL = windows.is_target_BL.clone()
+    is_last_BL[:, :-1] = False
     is_masked_BL = torch.where(last_only_B1, is_last_BL, is_masked_BL)
 
-    hidden_BLF = is_masked_BL[..., None] & (~known_at_request_F | forget_B11)
     scored_M = is_masked_BL.flatten().nonzero().squeeze(1)
     return Batch(
-        items_BL=items_BL.masked_fill(is_masked_BL, MASK),
-        context_BLF=context_BLF.masked_fill(hidden_BLF, 0),
-        request_BLF=torch.zeros_like(context_BLF),
-        seconds_BL2=_beside_nothing(seconds_BL.masked_fill(is_masked_BL & forget_B11[..., 0], 0)),
+        items_BL=windows.items_BL.masked_fill(is_masked_BL, MASK),
+        context_BLF=windows.context_BLF.masked_fill(is_masked_BL[..., None] & ~told.fields_B1F, 0),
+        request_BLF=torch.zeros_like(windows.context_BLF),
+        seconds_BL2=_pair(windows.seconds_BL.masked_fill(is_masked_BL & ~told.time_B1, 0)),
         scored_M=scored_M,
-        targets_M=items_BL.flatten()[scored_M],
+        targets_M=windows.items_BL.flatten()[scored_M],
+        weights_M=_take(windows.weights_BL, scored_M),
     )
 
 
-def _next_item(
-    items_BL: Tensor,
-    context_BLF: Tensor,
-    seconds_BL: Tensor,
-    known_at_request_F: Tensor,
-    forget_B11: Tensor,
-) -> Batch:
-    inputs_BL, targets_BL = items_BL[:, :-1], items_BL[:, 1:]
-    scored_M = (inputs_BL != PAD).flatten().nonzero().squeeze(1)
+def _next_item(windows: _Gathered, told: _Told) -> Batch:
+    inputs_BL, targets_BL = windows.items_BL[:, :-1], windows.items_BL[:, 1:]
+    is_scored_BL = (inputs_BL != PAD) & windows.is_target_BL[:, 1:]
+    scored_M = is_scored_BL.flatten().nonzero().squeeze(1)
+    asked_BL = windows.seconds_BL[:, 1:].masked_fill(~told.time_B1, 0)
     return Batch(
         items_BL=inputs_BL,
-        context_BLF=context_BLF[:, :-1],
-        request_BLF=context_BLF[:, 1:].masked_fill(~known_at_request_F | forget_B11, 0),
-        seconds_BL2=torch.stack(
-            [seconds_BL[:, :-1], seconds_BL[:, 1:].masked_fill(forget_B11[..., 0], 0)], dim=2
-        ),
+        context_BLF=windows.context_BLF[:, :-1],
+        request_BLF=windows.context_BLF[:, 1:].masked_fill(~told.fields_B1F, 0),
+        seconds_BL2=_pair(windows.seconds_BL[:, :-1], asked_BL),
         scored_M=scored_M,
         targets_M=targets_BL.flatten()[scored_M],
+        weights_M=_take(
+            None if windows.weights_BL is None else windows.weights_BL[:, 1:], scored_M
+        ),
     )
+
+
+def _recency_sampling(
+    objective: ObjectiveConfig, windows: _Gathered, told: _Told, generator: torch.Generator
+) -> Batch:
+    is_drawn_BL = _draw_recent(objective, windows.is_target_BL, generator)
+    is_kept_BL = (windows.items_BL != PAD) & ~is_drawn_BL
+    # What is kept moves to the right, in its order; the gap of an event stays that of the log, also
+    # where the event before it was taken out. One event at least was, so the first place is free
+    # (in a window without a target it is lost, and nothing is scored).
+    order_BL = is_kept_BL.int().argsort(dim=1, stable=True)[:, 1:]
+    order_BLF = order_BL[..., None].expand(-1, -1, windows.context_BLF.shape[-1])
+    kept_BLF = windows.context_BLF.masked_fill(~is_kept_BL[..., None], 0).gather(1, order_BLF)
+    kept_BL = windows.seconds_BL.masked_fill(~is_kept_BL, 0).gather(1, order_BL)
+
+    # The last position is one request for all targets of its window, so it tells of a field only
+    # what they have in common, and nothing where they differ: what a request tells is true of its
+    # target in training as in serving. With one target, as in short windows, it tells everything.
+    common_B1F = _find_common(windows.context_BLF, is_drawn_BL)
+    request_BLF = torch.cat([kept_BLF[:, 1:], common_B1F], dim=1).masked_fill(~told.fields_B1F, 0)
+    common_B1 = _find_common(windows.seconds_BL[..., None], is_drawn_BL)[..., 0]
+    asked_BL = torch.cat([kept_BL[:, 1:], common_B1], dim=1).masked_fill(~told.time_B1, 0)
+
+    drawn_M = is_drawn_BL.flatten().nonzero().squeeze(1)
+    L = is_drawn_BL.shape[1]
+    return Batch(
+        items_BL=windows.items_BL.masked_fill(~is_kept_BL, PAD).gather(1, order_BL),
+        context_BLF=kept_BLF,
+        request_BLF=request_BLF,
+        seconds_BL2=_pair(kept_BL, asked_BL),
+        scored_M=(drawn_M // L + 1) * (L - 1) - 1,
+        targets_M=windows.items_BL.flatten()[drawn_M],
+        weights_M=_take(windows.weights_BL, drawn_M),
+    )
+
+
+def _draw_recent(
+    objective: ObjectiveConfig, is_target_BL: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Targets of recency sampling, bool `[B, L]`: `target_share` of a window's targets are drawn
+    with replacement, as in the authors' code, so that long windows keep most of their recent past.
+
+    The probability falls by `recency` from a target to the one before it.
+    """
+    (B, L), device = is_target_BL.shape, is_target_BL.device
+    counts_BL = is_target_BL.cumsum(1)
+    num_B1 = counts_BL[:, -1:]
+    sums_BL = (objective.recency ** (num_B1 - counts_BL).float() * is_target_BL).cumsum(1)
+
+    max_draws = max(1, int(objective.target_share * L))
+    points_BK = torch.rand(B, max_draws, generator=generator, device=device) * sums_BL[:, -1:]
+    places_BK = torch.searchsorted(sums_BL, points_BK, right=True)
+    draws_B1 = (objective.target_share * num_B1.double()).floor().clamp(min=1)
+    is_void_BK = torch.arange(max_draws, device=device) >= draws_B1
+    # Place L is nobody's: draws beyond a window's own number, and those of one without a target.
+    places_BK = places_BK.masked_fill(is_void_BK, L)
+    is_drawn_BL = torch.zeros(B, L + 1, dtype=torch.bool, device=device)
+    return is_drawn_BL.scatter_(1, places_BK, True)[:, :L]
+
+
+def _find_common(codes_BLF: Tensor, is_chosen_BL: Tensor) -> Tensor:
+    """The code that all chosen positions share, `[B, 1, F]`; 0 where they differ or there is
+    none.
+    """
+    is_other_BL1 = ~is_chosen_BL[..., None]
+    highest_B1F = codes_BLF.masked_fill(is_other_BL1, -1).amax(1, keepdim=True)
+    lowest_B1F = codes_BLF.masked_fill(is_other_BL1, torch.iinfo(codes_BLF.dtype).max)
+    lowest_B1F = lowest_B1F.amin(1, keepdim=True)
+    return highest_B1F.masked_fill(highest_B1F != lowest_B1F, 0)
+
+
+def _take(weights_BL: Tensor | None, places_M: Tensor) -> Tensor | None:
+    return None if weights_BL is None else weights_BL.flatten()[places_M]
 
 
 def _batch_rows(
@@ -206,9 +367,12 @@ def _split_by_length(pool: np.ndarray, lengths: np.ndarray, size: int) -> list[n
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _beside_nothing(seconds_BL: Tensor) -> Tensor:
-    """Only a causal model reads when the request that follows a position came."""
-    return torch.stack([seconds_BL, torch.zeros_like(seconds_BL)], dim=2)
+def _pair(happened_BL: Tensor, asked_BL: Tensor | None = None) -> Tensor:
+    """Times of the events beside those of the requests that follow, which a causal model alone
+    reads.
+    """
+    asked_BL = torch.zeros_like(happened_BL) if asked_BL is None else asked_BL
+    return torch.stack([happened_BL, asked_BL], dim=2)
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:

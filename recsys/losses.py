@@ -1,6 +1,7 @@
 """Losses over scored positions: hidden states against the item table. Sums are kept in fp32.
 
-Every loss is the mean over the M scored positions and 0 when there is none.
+Every loss is the mean over the M scored positions and 0 when there is none; with `weights_M`
+(fp32, above 0) it is their weighted mean.
 """
 
 from typing import Any, Literal
@@ -57,41 +58,47 @@ class _FullSoftmax(torch.autograd.Function):
         table_ID: Tensor,
         bias_I: Tensor,
         targets_M: Tensor,
+        weights_M: Tensor | None,
         block_size: int,
     ) -> Tensor:
         loss = hidden_MD.new_zeros((), dtype=torch.float32)
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_table_ID = torch.zeros_like(table_ID, dtype=torch.float32)
         grad_bias_I = torch.zeros_like(bias_I, dtype=torch.float32)
-        weights_ID, biases_I = table_ID.to(hidden_MD.dtype), bias_I.to(hidden_MD.dtype)
+        vectors_ID, biases_I = table_ID.to(hidden_MD.dtype), bias_I.to(hidden_MD.dtype)
         ones_1M = hidden_MD.new_ones(1, min(block_size, len(targets_M)))
         for start in range(0, len(targets_M), block_size):
             block = slice(start, start + block_size)
             targets_M1 = targets_M[block, None]
-            probs_MI = torch.softmax(torch.addmm(biases_I, hidden_MD[block], weights_ID.T), dim=1)
+            probs_MI = torch.softmax(torch.addmm(biases_I, hidden_MD[block], vectors_ID.T), dim=1)
             target_M1 = probs_MI.gather(1, targets_M1).float()
             # Below the smallest number the loss stays at 87; the gradient is right all the same.
-            loss -= target_M1.clamp(min=torch.finfo(torch.float32).tiny).log().sum()
+            gains_M1 = target_M1.clamp(min=torch.finfo(torch.float32).tiny).log()
 
             grad_MI = probs_MI.scatter_(1, targets_M1, (target_M1 - 1).to(probs_MI.dtype))
+            if weights_M is not None:
+                gains_M1 = gains_M1 * weights_M[block, None]
+                grad_MI *= weights_M[block, None]
+            loss -= gains_M1.sum()
             # A product with ones sums in fp32, and several times as fast as sum().
             grad_bias_I += (ones_1M[:, : len(grad_MI)] @ grad_MI)[0]
-            grad_hidden_MD[block] = grad_MI @ weights_ID
+            grad_hidden_MD[block] = grad_MI @ vectors_ID
             grad_table_ID += grad_MI.T @ hidden_MD[block]
 
-        count = max(len(targets_M), 1)
+        total = max(len(targets_M), 1) if weights_M is None else _total(weights_M)
         ctx.save_for_backward(grad_hidden_MD, grad_table_ID, grad_bias_I)
-        ctx.count, ctx.table_dtype = count, table_ID.dtype
-        return loss / count
+        ctx.total, ctx.table_dtype = total, table_ID.dtype
+        return loss / total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_MD, grad_table_ID, grad_bias_I = ctx.saved_tensors
-        scale = grad / ctx.count
+        scale = grad / ctx.total
         return (
             grad_hidden_MD * scale.to(grad_hidden_MD.dtype),
             (grad_table_ID * scale).to(ctx.table_dtype),
             grad_bias_I * scale,
+            None,
             None,
             None,
         )
@@ -102,6 +109,7 @@ def full_softmax(
     table_ID: Tensor,
     bias_I: Tensor,
     targets_M: Tensor,
+    weights_M: Tensor | None = None,
     *,
     block_size: int | None = None,
 ) -> Tensor:
@@ -118,13 +126,19 @@ def full_softmax(
         table_ID[NUM_SPECIAL:],
         bias_I[NUM_SPECIAL:],
         targets_M - NUM_SPECIAL,
+        weights_M,
         block_size or _fitting_block(hidden_MD, len(table_ID)),
     )
     return loss
 
 
 def sampled_softmax(
-    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
+    hidden_MD: Tensor,
+    table_ID: Tensor,
+    bias_I: Tensor,
+    targets_M: Tensor,
+    negatives: Negatives,
+    weights_M: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over the target and N negatives, each of which stands for as many items as it
     was less likely than surely to be drawn (logQ correction; Jean et al., 2015, Yi et al., 2019).
@@ -139,7 +153,10 @@ def sampled_softmax(
         _is_target(negatives, targets_M), float("-inf")
     )
     logits = torch.cat([positive_M[:, None], negative_MN], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(targets_M))
+    first_M = torch.zeros_like(targets_M)
+    if weights_M is None:
+        return F.cross_entropy(logits, first_M)
+    return _weighted_mean(F.cross_entropy(logits, first_M, reduction="none"), weights_M)
 
 
 def binary_cross_entropy(
@@ -148,6 +165,7 @@ def binary_cross_entropy(
     bias_I: Tensor,
     targets_M: Tensor,
     negatives: Negatives,
+    weights_M: Tensor | None = None,
     *,
     calibration: float = 0.0,
 ) -> Tensor:
@@ -166,7 +184,8 @@ def binary_cross_entropy(
     beta = share * (calibration * (1 - 1 / share) + 1 / share)
     costs_MN = F.softplus(negative_MN).masked_fill(_is_target(negatives, targets_M), 0.0)
     costs_M = beta * F.softplus(-positive_M) + costs_MN.sum(1)
-    return costs_M.mean() / (1 + negatives.num)
+    mean = costs_M.mean() if weights_M is None else _weighted_mean(costs_M, weights_M)
+    return mean / (1 + negatives.num)
 
 
 def compute_loss(
@@ -176,17 +195,17 @@ def compute_loss(
     bias_I: Tensor,
     targets_M: Tensor,
     negatives: Negatives | None,
+    weights_M: Tensor | None = None,
 ) -> Tensor:
     """The configured loss; `negatives` are None for the full softmax alone."""
+    scored = hidden_MD, table_ID, bias_I, targets_M
     if config.kind == "full-softmax":
-        return full_softmax(hidden_MD, table_ID, bias_I, targets_M, block_size=config.block_size)
+        return full_softmax(*scored, weights_M, block_size=config.block_size)
     assert negatives is not None
     if config.kind == "sampled-softmax":
-        return sampled_softmax(hidden_MD, table_ID, bias_I, targets_M, negatives)
+        return sampled_softmax(*scored, negatives, weights_M)
     calibration = config.calibration if config.kind == "gbce" else 0.0
-    return binary_cross_entropy(
-        hidden_MD, table_ID, bias_I, targets_M, negatives, calibration=calibration
-    )
+    return binary_cross_entropy(*scored, negatives, weights_M, calibration=calibration)
 
 
 def _score(
@@ -211,6 +230,15 @@ def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:
 def _fitting_block(hidden_MD: Tensor, num_rows: int) -> int:
     budget_bytes = 2**29 if hidden_MD.is_cuda else 2**22
     return max(budget_bytes // (num_rows * hidden_MD.element_size()), 64)
+
+
+def _weighted_mean(costs_M: Tensor, weights_M: Tensor) -> Tensor:
+    return (costs_M * weights_M).sum() / _total(weights_M)
+
+
+def _total(weights_M: Tensor) -> Tensor:
+    # Of no weight at all the sum would be 0; weights are above it.
+    return weights_M.sum().clamp(min=torch.finfo(weights_M.dtype).tiny)
 
 
 def _nothing(hidden_MD: Tensor, table_ID: Tensor) -> Tensor:

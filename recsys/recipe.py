@@ -10,6 +10,11 @@ from recsys.batches import ObjectiveConfig
 from recsys.losses import LossConfig
 from recsys.model import ModelConfig
 
+_OBJECTIVES = {
+    "bidirectional": ("masked-item",),
+    "causal": ("next-item", "recency-sampling"),
+}
+
 
 class OptimiserConfig(BaseModel):
     """AdamW with warm-up and cosine; no weight decay on biases, norms and embeddings."""
@@ -41,11 +46,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _objective_fits_attention(self) -> "Recipe":
-        wanted = "masked-item" if self.model.attention == "bidirectional" else "next-item"
-        if self.objective.kind != wanted:
+        wanted = _OBJECTIVES[self.model.attention]
+        if self.objective.kind not in wanted:
             raise ValueError(
-                f"{self.model.attention} attention learns {wanted}, not {self.objective.kind}; "
-                "the other way round the target would be visible or the mask never trained"
+                f"{self.model.attention} attention learns {' or '.join(wanted)}, not "
+                f"{self.objective.kind}; the other way round the target would be visible or the "
+                "mask never trained"
             )
         return self
 

@@ -2,6 +2,10 @@
 
 A position is an index into the flat tokens; a user without a target has -1. What a model may read
 before a target is everything of that user that stands before it.
+
+Where only some events are targets (`recsys.targets`), only these are counted when a target is
+looked for; what stands between them is history. `is_target_T` of None means that every event is
+one.
 """
 
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, model_validator
 
+from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
 
@@ -20,13 +25,13 @@ class SplitConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["leave-one-out", "temporal-cut"] = "leave-one-out"
-    """leave-one-out: last event tests, the one before validates. temporal-cut: by the clock, for
-    everybody.
+    """leave-one-out: last target event tests, the one before validates. temporal-cut: by the clock,
+    for everybody.
     """
     validation_from: AwareDatetime | None = None
     """temporal-cut: events before it train."""
     test_from: AwareDatetime | None = None
-    """temporal-cut: a user's first event at or after it tests."""
+    """temporal-cut: a user's first target event at or after it tests."""
 
     @model_validator(mode="after")
     def _has_cuts(self) -> "SplitConfig":
@@ -49,29 +54,41 @@ class Split:
     test_U: np.ndarray
 
 
-def split_tokens(store: TokenStore, config: SplitConfig) -> Split:
+def split_tokens(
+    store: TokenStore, config: SplitConfig, targets: TargetEvents | None = None
+) -> Split:
     """Cuts every user of the store as configured."""
-    return split_offsets(store.offsets_U, store.timestamps_T, config)
+    is_target_T = None if targets is None else targets.mark(store.context_TF)
+    return split_offsets(store.offsets_U, store.timestamps_T, config, is_target_T)
 
 
-def split_offsets(offsets_U: np.ndarray, timestamps_T: np.ndarray, config: SplitConfig) -> Split:
+def split_offsets(
+    offsets_U: np.ndarray,
+    timestamps_T: np.ndarray,
+    config: SplitConfig,
+    is_target_T: np.ndarray | None = None,
+) -> Split:
     """Cuts users given by their offsets `[U + 1]` and the microseconds of their events."""
     if config.kind == "leave-one-out":
-        return leave_one_out(offsets_U)
+        return leave_one_out(offsets_U, is_target_T)
     assert config.validation_from is not None
     assert config.test_from is not None
     cuts = _microseconds(config.validation_from), _microseconds(config.test_from)
-    return temporal_cut(offsets_U, timestamps_T, *cuts)
+    return temporal_cut(offsets_U, timestamps_T, *cuts, is_target_T)
 
 
-def leave_one_out(offsets_U: np.ndarray) -> Split:
-    """Last event tests, the one before validates; users with fewer than three events only train."""
+def leave_one_out(offsets_U: np.ndarray, is_target_T: np.ndarray | None = None) -> Split:
+    """The last target tests, the one before validates and ends training; users without two targets
+    that have an event before them (three events, where all are targets) only train.
+    """
     starts_U, ends_U = offsets_U[:-1], offsets_U[1:]
-    has_targets_U = ends_U - starts_U >= 3
+    last_U, second_last_U = _last_two(ends_U, is_target_T)
+    # Of a user with fewer targets these are somebody else's, who stands before.
+    has_targets_U = second_last_U > starts_U
     return Split(
-        train_end_U=np.where(has_targets_U, ends_U - 2, ends_U),
-        validation_U=np.where(has_targets_U, ends_U - 2, -1),
-        test_U=np.where(has_targets_U, ends_U - 1, -1),
+        train_end_U=np.where(has_targets_U, second_last_U, ends_U),
+        validation_U=np.where(has_targets_U, second_last_U, -1),
+        test_U=np.where(has_targets_U, last_U, -1),
     )
 
 
@@ -82,29 +99,75 @@ def whole_sequences(offsets_U: np.ndarray) -> Split:
 
 
 def temporal_cut(
-    offsets_U: np.ndarray, timestamps_T: np.ndarray, validation_us: int, test_us: int
+    offsets_U: np.ndarray,
+    timestamps_T: np.ndarray,
+    validation_us: int,
+    test_us: int,
+    is_target_T: np.ndarray | None = None,
 ) -> Split:
-    """Events before `validation_us` train; a user's first event in each later period is its target
+    """Events before `validation_us` train; a user's first target in each later period is its target
     there.
 
-    A target needs at least one event before it.
+    A target needs at least one event before it, of whatever period.
     """
-    starts_U = offsets_U[:-1]
+    starts_U, ends_U = offsets_U[:-1], offsets_U[1:]
     train_end_U = starts_U + _count_before(offsets_U, timestamps_T, validation_us)
     test_start_U = starts_U + _count_before(offsets_U, timestamps_T, test_us)
-    has_validation_U = (train_end_U < test_start_U) & (train_end_U > starts_U)
-    has_test_U = (test_start_U < offsets_U[1:]) & (test_start_U > starts_U)
+    validation_U = _first_from(train_end_U, is_target_T)
+    test_U = _first_from(test_start_U, is_target_T)
+    has_validation_U = (validation_U < test_start_U) & (validation_U > starts_U)
+    has_test_U = (test_U < ends_U) & (test_U > starts_U)
     return Split(
         train_end_U=train_end_U,
-        validation_U=np.where(has_validation_U, train_end_U, -1),
-        test_U=np.where(has_test_U, test_start_U, -1),
+        validation_U=np.where(has_validation_U, validation_U, -1),
+        test_U=np.where(has_test_U, test_U, -1),
     )
 
 
+def can_train(
+    offsets_U: np.ndarray, split: Split, is_target_T: np.ndarray | None = None
+) -> np.ndarray:
+    """Users with something to learn from, bool `[U]`: a training event that is a target and has
+    another one before it.
+    """
+    seconds_U = np.minimum(offsets_U[:-1] + 1, split.train_end_U)
+    if is_target_T is None:
+        before_U, until_U = seconds_U, split.train_end_U
+    else:
+        counts_T = _cumulate(is_target_T)
+        before_U, until_U = counts_T[seconds_U], counts_T[split.train_end_U]
+    is_trainable_U: np.ndarray = before_U < until_U
+    return is_trainable_U
+
+
+def _last_two(ends_U: np.ndarray, is_target_T: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the last and the second last target before each end; -1 where there is none."""
+    if is_target_T is None:
+        return ends_U - 1, ends_U - 2
+    positions = np.concatenate([[-1, -1], np.flatnonzero(is_target_T)])
+    counts_U = _cumulate(is_target_T)[ends_U]
+    return positions[counts_U + 1], positions[counts_U]
+
+
+def _first_from(starts_U: np.ndarray, is_target_T: np.ndarray | None) -> np.ndarray:
+    """Position of the first target at or after each start; the number of tokens without one."""
+    if is_target_T is None:
+        return starts_U
+    positions = np.append(np.flatnonzero(is_target_T), len(is_target_T))
+    first_U: np.ndarray = positions[_cumulate(is_target_T)[starts_U]]
+    return first_U
+
+
 def _count_before(offsets_U: np.ndarray, timestamps_T: np.ndarray, time_us: int) -> np.ndarray:
-    before_T = np.concatenate([[0], np.cumsum(timestamps_T < time_us)])
+    before_T = _cumulate(timestamps_T < time_us)
     counts_U: np.ndarray = before_T[offsets_U[1:]] - before_T[offsets_U[:-1]]
     return counts_U
+
+
+def _cumulate(is_so_T: np.ndarray) -> np.ndarray:
+    """How many of the tokens before each position are so, `[T + 1]`."""
+    counts_T: np.ndarray = np.concatenate([[0], np.cumsum(is_so_T)])
+    return counts_T
 
 
 def _microseconds(moment: datetime) -> int:

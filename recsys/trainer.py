@@ -17,16 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys.batches import Batch, Windows, make_batch
+from recsys.batches import Batch, TargetWeights, Windows, make_batch
 from recsys.errors import TrainingError
 from recsys.evaluation import rank_targets
-from recsys.interactions import training_counts
+from recsys.interactions import training_positions
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.negatives import NegativeSampler
 from recsys.recipe import OptimiserConfig, Recipe
 from recsys.scorer import ModelScorer
 from recsys.splits import Split
+from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class Trainer:
         known_at_request_F: which context fields a scored position may carry, bool.
         seed: of the order of windows, the masks, the negatives and dropout.
         device: where the tokens and the model live.
+        targets: which events are predicted, and what they weigh; None: all, the same. The split
+            must have been made with them.
+        filter_seen: whether validation leaves items of the history out of the ranking.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Trainer:
         *,
         seed: int,
         device: torch.device,
+        targets: TargetEvents | None = None,
+        filter_seen: bool = True,
     ) -> None:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.rank, self.world_size = _rank_and_world_size()
@@ -96,18 +102,19 @@ class Trainer:
         self.dtype = choose_dtype(config.precision, device)
         self._store, self._split = store, split
         self._known_at_request_F = known_at_request_F
+        self._targets = None if targets is None else TargetWeights.of(targets, device)
+        self._filter_seen = filter_seen
 
-        # A causal window loses its first target, so it is one event longer.
-        window = recipe.model.max_len + (recipe.objective.kind == "next-item")
-        self._windows = Windows(store, split, window, device)
+        # Of a causal window one event at least is a target and no input, so it is one event longer.
+        window = recipe.model.max_len + (recipe.model.attention == "causal")
+        is_target_T = None if targets is None else targets.mark(store.context_TF)
+        self._windows = Windows(store, split, window, device, is_target_T)
         if len(self._windows) == 0:
-            raise TrainingError("No user has two training events; there is nothing to learn from.")
-        self._sampler = None
-        if recipe.loss.kind != "full-softmax":
-            counts_I = training_counts(store, split, len(self.model.item_bias))
-            self._sampler = NegativeSampler(
-                recipe.loss.negatives, torch.from_numpy(counts_I).to(device)
+            raise TrainingError(
+                "No user has two training events, the later one a target; there is nothing to "
+                "learn from."
             )
+        self._sampler = self._make_sampler(is_target_T)
         self._validation_users = _sample_users(split.validation_U, config.validation_users, seed)
         self._replica = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
         self._optimiser = make_optimiser(self.model, recipe.optimiser)
@@ -130,7 +137,8 @@ class Trainer:
         generator = self._seed_epoch()
         self.model.train()
         loss_sum = torch.zeros((), device=self.device)
-        count = num_tokens = 0
+        weight: Tensor | int = 0
+        num_tokens = 0
         known_F = torch.from_numpy(self._known_at_request_F).to(self.device)
         for starts_B, lengths_B in self._windows.batches(
             self.local_batch_size,
@@ -139,14 +147,14 @@ class Trainer:
             world_size=self.world_size,
         ):
             window = self._windows.gather(starts_B, lengths_B)
-            batch = make_batch(self.recipe.objective, *window, known_F, generator)
-            loss_sum += self._step(batch, generator) * len(batch.targets_M)
-            count += len(batch.targets_M)
+            batch = make_batch(self.recipe.objective, *window, known_F, generator, self._targets)
+            loss_sum += self._step(batch, generator) * batch.weight
+            weight += batch.weight
             num_tokens += int(lengths_B.sum())
         self.epoch += 1
 
-        totals = _sum_over_ranks([float(loss_sum), count, num_tokens], self.device)
-        loss = totals[0] / max(totals[1], 1)
+        totals = _sum_over_ranks([float(loss_sum), float(weight), num_tokens], self.device)
+        loss = totals[0] / (totals[1] or 1.0)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The loss of epoch {self.epoch} is {loss}; lower optimiser.learning_rate "
@@ -172,7 +180,11 @@ class Trainer:
         if len(users):
             scorer = ModelScorer(self.model, self._known_at_request_F, dtype=self.dtype)
             ranks_N = rank_targets(
-                scorer, self._store, users, self._split.validation_U[users]
+                scorer,
+                self._store,
+                users,
+                self._split.validation_U[users],
+                filter_seen=self._filter_seen,
             ).ranks_N
             is_hit_N = ranks_N <= 10
             sums[:2] = [float(is_hit_N.sum()), float((is_hit_N / np.log2(1 + ranks_N)).sum())]
@@ -208,7 +220,13 @@ class Trainer:
         table_ID, bias_I = self.model.output_table_ID, self.model.item_bias
         negatives = self._sampler.draw(batch.targets_M, generator) if self._sampler else None
         loss = compute_loss(
-            self.recipe.loss, hidden_MD, table_ID, bias_I, batch.targets_M, negatives
+            self.recipe.loss,
+            hidden_MD,
+            table_ID,
+            bias_I,
+            batch.targets_M,
+            negatives,
+            batch.weights_M,
         )
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss * self._weight_of(batch))
@@ -218,11 +236,24 @@ class Trainer:
         return loss.detach()
 
     def _weight_of(self, batch: Batch) -> float:
-        # DDP averages over ranks; ranks that score more positions count for more.
+        # DDP averages over ranks; ranks whose scored positions weigh more count for more.
         if self.world_size == 1:
             return 1.0
-        (total,) = _sum_over_ranks([len(batch.targets_M)], self.device)
-        return len(batch.targets_M) * self.world_size / max(total, 1.0)
+        weight = float(batch.weight)
+        (total,) = _sum_over_ranks([weight], self.device)
+        return weight * self.world_size / (total or 1.0)
+
+    def _make_sampler(self, is_target_T: np.ndarray | None) -> NegativeSampler | None:
+        if self.recipe.loss.kind == "full-softmax":
+            return None
+        config = self.recipe.loss.negatives
+        positions_T = training_positions(self._store, self._split)
+        if is_target_T is not None and config.source in ("in-batch", "mixed"):
+            # What the batch brings are targets: an item is among them as often as it is one.
+            positions_T = positions_T[is_target_T[positions_T]]
+        items_T = self._store.items_T[positions_T]
+        counts_I = np.bincount(items_T, minlength=len(self.model.item_bias))
+        return NegativeSampler(config, torch.from_numpy(counts_I).to(self.device))
 
     def _seed_epoch(self) -> torch.Generator:
         # Every epoch starts its generators afresh, so that a resumed run draws what an unbroken one

@@ -50,7 +50,7 @@ for _ in range(2):
     if os.fork() == 0:
         for _ in range(200):
             pages.write(b"x" * 1_000_000)
-        os._exit(time.sleep(1) or 0)
+        os._exit(time.sleep(3) or 0)
 os.wait(), os.wait()
 """
     with subprocess.Popen(python(program)) as process, PeakMemory(process.pid) as memory:

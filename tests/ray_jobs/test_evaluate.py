@@ -20,6 +20,7 @@ from ray_jobs.runs import open_run
 from recsys.artifact import save_model
 from recsys.model import ModelConfig, NextItemModel
 from recsys.splits import SplitConfig
+from recsys.targets import TargetsConfig
 
 INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
 
@@ -34,14 +35,15 @@ def pipeline(root, **options):
     )
 
 
-def write_run(config, shop, name="r1", split=None):
+def write_run(config, shop, name="r1", split=None, targets=None):
     """A run folder with an untrained model, as `ray_jobs.train` leaves it."""
     folder = Path(config.storage.runs_uri) / name
     torch.manual_seed(0)
     sizes = ModelConfig(dim=16, num_layers=1, num_heads=2, max_len=10)
     model = NextItemModel(sizes, shop.catalogue.num_rows, shop.context.sizes)
     save_model(folder, model, shop.catalogue, shop.context)
-    trained = config.model_copy(update={"split": split or config.split})
+    train = config.train.model_copy(update={"targets": targets or config.train.targets})
+    trained = config.model_copy(update={"split": split or config.split, "train": train})
     facts = {
         "name": name,
         "seed": 0,
@@ -151,6 +153,31 @@ def test_the_split_is_the_one_that_trained(tmp_path, shop):
     finished = write_run(config, shop, split=cut)
     evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
     assert evaluation["protocol"]["kind"] == "temporal-cut"
+
+
+def test_the_targets_are_those_that_trained(tmp_path, shop):
+    config = pipeline(tmp_path, baselines=("popularity",), filter_seen=False)
+    finished = write_run(config, shop, targets=TargetsConfig(event_types=["purchase"]))
+    evaluation, ranks = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+    assert evaluation["target_event_types"] == ["purchase"]
+    field = shop.context.fields.index("event_type")
+    code = 1 + shop.context.vocabularies["event_type"].index("purchase")
+    store, last = shop.store, {}
+    for user, (start, end) in enumerate(
+        zip(store.offsets_U[:-1], store.offsets_U[1:], strict=True)
+    ):
+        bought = start + np.flatnonzero(store.context_TF[start:end, field] == code)
+        if len(bought) >= 2 and bought[-2] > start:
+            last[store.user_ids[user].as_py()] = store.items_T[bought[-1]]
+    assert ranks["user_id"].to_pylist() == list(last)
+    assert ranks["item_id"].equals(pa.chunked_array([shop.catalogue.decode(list(last.values()))]))
+
+
+def test_a_run_that_recorded_no_targets_predicts_every_event(tmp_path, shop):
+    config = pipeline(tmp_path)
+    finished = write_run(config, shop)
+    del finished.facts["config"]["train"]["targets"]
+    assert finished.targets is None
 
 
 def test_ease_is_left_out_of_a_large_catalogue_and_named(tmp_path, shop, monkeypatch):

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pytest
 import ray
 
-from ray_jobs import build_sequences, generate, ingest, train
+from ray_jobs import build_sequences, evaluate, generate, ingest, train
 from ray_jobs.errors import JobError
+from ray_jobs.runs import open_run
 from ray_jobs.sequences_reader import Learned, Vocabulary
 from ray_jobs.train import read_history
 from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
+from recsys.errors import TrainingError
+from recsys.targets import TargetsConfig
 from tests.ray_jobs.conftest import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +94,29 @@ def test_a_finished_run_is_not_overwritten(tiny):
         JobError, match=r"'done' is finished already; give train.name another value"
     ):
         train.run(_with_train(tiny, name="done"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        "train.recipe=rss",
+        "train.overrides={model={dim=16, max_len=16}, batch_size=64}",
+        'train.targets={event_types=["purchase"]}',
+        "train.trainer.max_epochs=1",
+        "evaluate.filter_seen=false",
+        'evaluate.baselines=["popularity"]',
+    )
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    with pytest.raises(TrainingError, match=r"train.targets names sale, which no training event"):
+        train.run(_with_train(config, targets=TargetsConfig(event_types=["sale"])))
+    train.run(config)
+    evaluate.run(config)
+    evaluation = open_run(config, None).evaluation()
+    assert evaluation["target_event_types"] == ["purchase"]
+    assert 0 < evaluation["num_test_users"] < 400
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.batches import ObjectiveConfig, Windows, make_batch
+from recsys.batches import ObjectiveConfig, TargetWeights, Windows, make_batch
 from recsys.catalogue import MASK, PAD
-from recsys.splits import leave_one_out
+from recsys.losses import full_softmax
+from recsys.model import ModelConfig, NextItemModel
+from recsys.splits import leave_one_out, whole_sequences
 from recsys.tokens import TokenStore
 
 _KNOWN = torch.tensor([True, False])
@@ -31,14 +33,27 @@ def _windows(lengths, max_len):
     return Windows(store, leave_one_out(store.offsets_U), max_len, _CPU)
 
 
+def _purchases(*, view=0.0, purchase=1.0):
+    """Weights of targets by the code in the second context field: 1 is a view, 2 a purchase."""
+    return TargetWeights(1, torch.tensor([0.0, view, purchase]), is_weighted=view > 0)
+
+
+def _typed(*windows):
+    """Windows of items 2, 3, ... written as types: `v` view, `p` purchase, `.` padding."""
+    types_BL = torch.tensor([[".vp".index(letter) for letter in window] for window in windows])
+    items_BL = torch.arange(2, 2 + types_BL.numel()).view(types_BL.shape)
+    return items_BL.masked_fill(types_BL == 0, PAD), types_BL[..., None].expand(-1, -1, 2)
+
+
 def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def _batch(objective, items, context):
-    """A batch whose events are a second apart, the first at 1."""
+def _batch(objective, items, context, targets=None, generator=None):
+    """A batch whose events are a second apart, the first column at 1."""
     seconds = torch.arange(1, items.shape[1] + 1).expand(items.shape) * (items != PAD)
-    return make_batch(objective, items, context, seconds, _KNOWN, _generator())
+    generator = generator or _generator()
+    return make_batch(objective, items, context, seconds, _KNOWN, generator, targets)
 
 
 def test_validation_and_test_items_are_never_gathered():
@@ -156,3 +171,224 @@ def test_the_same_seed_draws_the_same_epoch(seed):
     windows = _windows([30, 12, 9, 4], max_len=8)
     one, two = ([b[0].tolist() for b in windows.batches(3, seed)] for _ in range(2))
     assert one == two
+
+
+def test_event_types_are_inputs_but_a_request_never_tells_its_own(shop):
+    windows = Windows(shop.store, whole_sequences(shop.store.offsets_U), 10, _CPU)
+    window = windows.gather(*next(iter(windows.batches(4, seed=0))))
+    known = torch.from_numpy(shop.context.known_at_request_F)
+    batch = make_batch(ObjectiveConfig(kind="next-item"), *window, known, _generator())
+    field = shop.context.fields.index("event_type")
+    assert set(batch.context_BLF[batch.items_BL != PAD][:, field].tolist()) == {1, 2}
+    assert not batch.request_BLF[..., field].any()
+
+    sizes = ModelConfig(attention="causal", dim=8, num_layers=1, num_heads=1, max_len=9, dropout=0)
+    model = NextItemModel(sizes, shop.catalogue.num_rows, shop.context.sizes)
+    other = batch.context_BLF.clone()
+    other[:, -1, field] = 3 - other[:, -1, field]  # the last view is a purchase, and the reverse
+    states = [
+        model(batch.items_BL, context, batch.request_BLF, batch.seconds_BL2)
+        for context in (batch.context_BLF, other)
+    ]
+    assert (states[0][:, -1] - states[1][:, -1]).abs().amax(1).min() > 0
+
+
+def _sampled(items, *, context=None, generator=None, targets=None, **objective):
+    if context is None:
+        context = torch.ones(*items.shape, 2, dtype=torch.int64)
+    objective = ObjectiveConfig(kind="recency-sampling", **{"context_dropout": 0.0} | objective)
+    return _batch(objective, items, context, targets, generator)
+
+
+def _rows_of(batch):
+    return batch.scored_M // batch.items_BL.shape[1]
+
+
+def test_recency_sampling_prefers_the_latest_events_by_powers_of_its_rate():
+    num_windows = 40_000
+    items = torch.arange(2, 8).expand(num_windows, 6)  # six events: one is drawn
+    batch = _sampled(items, recency=0.8)
+    shares = torch.bincount(batch.targets_M - 2, minlength=6) / num_windows
+    weights = 0.8 ** torch.arange(5.0, -1.0, -1.0)
+    expected = weights / weights.sum()  # 0.089, 0.111, ..., 0.271
+    # Four standard deviations of a share of 0.27 are 0.009.
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.009)
+
+
+def test_recency_of_one_draws_every_event_alike():
+    batch = _sampled(torch.arange(2, 6).expand(20_000, 4), recency=1.0)
+    shares = torch.bincount(batch.targets_M - 2) / 20_000
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.013)
+
+
+def test_at_most_the_share_of_a_window_is_drawn_and_one_at_least():
+    items = torch.arange(2, 52).expand(500, 50).clone()
+    items[250:, :41] = PAD  # half of the windows have nine events: int(0.2 * 9) is 1
+    counts = torch.bincount(_rows_of(_sampled(items)), minlength=500)
+    assert counts[:250].max() <= 10
+    assert counts[:250].min() >= 2
+    assert counts[250:].tolist() == [1] * 250
+
+
+@pytest.mark.parametrize("target_share", [0.2, 0.9])
+def test_inputs_are_what_was_not_drawn_in_its_order_and_padded_on_the_left(target_share):
+    lengths = [2, 3, 5, 12]
+    items = torch.full((4, 12), PAD)
+    for row, length in enumerate(lengths):
+        items[row, 12 - length :] = torch.arange(2, 2 + length)
+    batch = _sampled(items, target_share=target_share)
+    for row, length in enumerate(lengths):
+        drawn = set(batch.targets_M[_rows_of(batch) == row].tolist())
+        kept = [item for item in range(2, 2 + length) if item not in drawn]
+        assert drawn
+        assert kept
+        assert batch.items_BL[row].tolist() == [PAD] * (11 - len(kept)) + kept
+
+
+def test_all_drawn_targets_are_scored_at_the_last_position():
+    batch = _sampled(torch.arange(2, 62).view(2, 30))
+    assert set((batch.scored_M % 29).tolist()) == {28}
+    assert batch.scored_M.tolist() == sorted(batch.scored_M.tolist())
+    assert len(batch.scored_M) > 2
+
+
+def test_kept_events_keep_their_own_context():
+    items = torch.arange(2, 62).view(2, 30)
+    batch = _sampled(items, context=items[..., None].expand(2, 30, 2))
+    assert torch.equal(batch.context_BLF[..., 0], batch.items_BL)
+
+
+def test_the_request_tells_what_all_targets_of_a_window_have_in_common():
+    # The known field takes two values, so that targets agree in some windows and not in others.
+    items = torch.arange(2, 14).expand(200, 12)
+    context = ((items - 2) // 6 + 1)[..., None].expand(200, 12, 2)
+    batch = _sampled(items, context=context, recency=1.0)  # two draws a window
+    told = set()
+    for row in range(200):
+        codes = {(item - 2) // 6 + 1 for item in batch.targets_M[_rows_of(batch) == row].tolist()}
+        expected = codes.pop() if len(codes) == 1 else 0
+        assert batch.request_BLF[row, -1].tolist() == [expected, 0]
+        told.add(expected)
+    assert told == {0, 1, 2}
+
+
+def test_earlier_positions_are_told_of_the_input_that_follows_as_in_serving():
+    items = torch.arange(2, 62).view(2, 30)
+    batch = _sampled(items, context=items[..., None].expand(2, 30, 2))
+    assert torch.equal(batch.request_BLF[:, :-1, 0], batch.items_BL[:, 1:])
+    assert not batch.request_BLF[..., 1].any()
+    forgetful = _sampled(items, context=items[..., None].expand(2, 30, 2), context_dropout=1.0)
+    assert not forgetful.request_BLF.any()
+
+
+def test_the_request_has_a_time_where_one_target_was_drawn():
+    items = torch.arange(2, 6).view(1, 4).repeat(50, 1)
+    batch = _sampled(items, target_share=0.25)
+    # Items 2, 3, 4 and 5 happened in the seconds 1, 2, 3 and 4; one of them is asked for.
+    assert (batch.seconds_BL2[:, -1, 1] == batch.targets_M - 1).all()
+    assert torch.equal(batch.seconds_BL2[..., 0], batch.items_BL - 1)
+    several = _sampled(torch.arange(2, 32).view(1, 30))
+    assert several.seconds_BL2[0, -1, 1] == 0
+
+
+def test_the_same_generator_draws_the_same_targets():
+    items = torch.arange(2, 62).view(2, 30)
+    one, two = (_sampled(items, generator=_generator(5)) for _ in range(2))
+    assert one.targets_M.tolist() == two.targets_M.tolist()
+
+
+def test_a_position_scored_twice_gathers_both_gradients():
+    generator = _generator()
+    states = torch.randn(2, 4, generator=generator, requires_grad=True)
+    table, bias = torch.randn(9, 4, generator=generator), torch.zeros(9)
+
+    def gradient(rows, targets):
+        states.grad = None
+        full_softmax(states[torch.tensor(rows)], table, bias, torch.tensor(targets)).backward()
+        return states.grad
+
+    together = gradient([0, 0, 1], [3, 5, 7])
+    apart = [gradient([row], [target]) for row, target in ((0, 3), (0, 5), (1, 7))]
+    torch.testing.assert_close(together, sum(apart) / 3)
+
+
+def test_recency_sampling_counts_places_among_targets_alone():
+    # Three purchases among views: one is drawn, the last with probability 1 / (1 + 0.5 + 0.25).
+    items, context = _typed("vpvvvpvvpv")
+    batch = _sampled(
+        items.expand(20_000, 10),
+        context=context.expand(20_000, 10, 2),
+        recency=0.5,
+        targets=_purchases(),
+    )
+    drawn, counts = batch.targets_M.unique(return_counts=True)
+    assert drawn.tolist() == [3, 7, 10]
+    expected = torch.tensor([1.0, 2.0, 4.0]) / 7
+    torch.testing.assert_close(counts / 20_000, expected, rtol=0, atol=0.015)
+
+
+_OBJECTIVES = [ObjectiveConfig(kind=k) for k in ("masked-item", "next-item", "recency-sampling")]
+
+
+@pytest.mark.parametrize("objective", _OBJECTIVES, ids=lambda objective: objective.kind)
+def test_only_targets_are_scored(objective):
+    items, context = _typed(*["vpvvpvppvv", "..vvvvvvvp", "vvvvpvvvvv"] * 50)
+    batch = _batch(objective, items, context, _purchases())
+    purchased = set(items[context[..., 1] == 2].tolist())
+    assert set(batch.targets_M.tolist()) <= purchased
+    assert len(set((batch.scored_M // batch.items_BL.shape[1]).tolist())) == 150
+    assert batch.weights_M is None
+
+
+@pytest.mark.parametrize("objective", _OBJECTIVES, ids=lambda objective: objective.kind)
+def test_a_window_without_a_target_scores_nothing(objective):
+    items, context = _typed("vvvv", ".vvp", "..vv")
+    batch = _batch(objective, items, context, _purchases())
+    assert set((batch.scored_M // batch.items_BL.shape[1]).tolist()) == {1}
+    assert MASK not in batch.items_BL[0].tolist()
+    views = [torch.tensor(part[::2]) for part in (items.tolist(), context.tolist())]
+    empty = _batch(objective, *views, _purchases())
+    assert len(empty.scored_M) == len(empty.targets_M) == empty.weight == 0
+
+
+@pytest.mark.parametrize("objective", _OBJECTIVES, ids=lambda objective: objective.kind)
+def test_every_target_carries_the_weight_of_its_type(objective):
+    items, context = _typed(*["vpvvpvppvv", "..vvvvvvvp"] * 20)
+    targets = _purchases(view=0.5, purchase=3.0)
+    batch = _batch(objective, items, context, targets)
+    purchased = set(items[context[..., 1] == 2].tolist())
+    expected = [3.0 if item in purchased else 0.5 for item in batch.targets_M.tolist()]
+    assert batch.weights_M.tolist() == expected
+    assert batch.weight.item() == sum(expected)
+    assert len(set(expected)) == 2
+
+
+def test_next_item_reads_all_events_and_scores_those_before_a_target():
+    items, context = _typed(".vpvvp")
+    objective = ObjectiveConfig(kind="next-item")
+    batch = _batch(objective, items, context, _purchases())
+    assert batch.items_BL.tolist() == [[PAD, 3, 4, 5, 6]]
+    assert batch.scored_M.tolist() == [1, 4]
+    assert batch.targets_M.tolist() == [4, 7]
+
+
+def test_an_imitated_recommendation_ends_at_the_last_target():
+    objective = ObjectiveConfig(last_prob=1.0, context_dropout=0.0)
+    items, context = _typed("vvpv", ".pvv", "vvvp")
+    batch = _batch(objective, items, context, _purchases())
+    assert batch.items_BL.tolist() == [
+        [PAD, 2, 3, MASK],
+        [PAD, PAD, PAD, MASK],
+        [10, 11, 12, MASK],
+    ]
+    assert batch.targets_M.tolist() == [4, 7, 13]
+    assert batch.context_BLF[0].tolist() == [[0, 0], [1, 1], [1, 1], [2, 0]]
+
+
+def test_users_without_a_target_have_no_window():
+    store = _store([6, 6, 6])
+    is_target = np.zeros(18, bool)
+    is_target[[3, 6]] = True  # the second user's target has nothing before it
+    windows = Windows(store, whole_sequences(store.offsets_U), 10, _CPU, is_target)
+    ((starts, _),) = windows.batches(1, seed=0)
+    assert starts.tolist() == [0]

@@ -26,7 +26,9 @@ def test_the_blocked_softmax_is_the_same_on_both_devices():
     torch.testing.assert_close(on_gpu.cpu(), full_softmax(*tensors), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce", "gsasrec", "esasrec", "time-aware"])
+@pytest.mark.parametrize(
+    "recipe", ["bert4rec", "sasrec-ce", "gsasrec", "esasrec", "rss", "time-aware"]
+)
 def test_a_model_trains_and_ranks_alike_on_both_devices(shop, recipe):
     chosen = read_recipe(recipe, {"model": {"dim": 32, "max_len": 16}, "batch_size": 16})
     known_F = shop.context.known_at_request_F

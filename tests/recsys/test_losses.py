@@ -161,6 +161,98 @@ def test_no_scored_position_costs_nothing_and_reaches_every_parameter(kind):
     assert not table.grad.any()
 
 
+def test_a_weighted_full_softmax_by_hand():
+    # The items 2 and 3 score 1 and 0; the first of two targets counts three times.
+    table = torch.tensor([[9.0], [9.0], [1.0], [0.0]])
+    weights = torch.tensor([3.0, 1.0])
+    loss = full_softmax(torch.ones(2, 1), table, _BIAS, torch.tensor([2, 3]), weights)
+    by_hand = (3 * math.log(1 + math.exp(-1)) + math.log(1 + math.e)) / 4
+    assert loss.item() == pytest.approx(by_hand)
+
+
+def test_a_weighted_sampled_softmax_by_hand():
+    # Targets score 1 and 0 and are held against the other one.
+    table = torch.tensor([[9.0], [9.0], [1.0], [0.0]])
+    targets, weights = torch.tensor([2, 3]), torch.tensor([3.0, 1.0])
+    loss = sampled_softmax(torch.ones(2, 1), table, _BIAS, targets, drawn(2, 3), weights)
+    by_hand = (3 * math.log(1 + math.exp(-1)) + math.log(1 + math.e)) / 4
+    assert loss.item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.5])
+def test_a_weighted_binary_cross_entropy_by_hand(calibration):
+    # Targets score 1 and 0, the negative 2. Four items: a = 1/3, at t = 0.5 beta is 2/3.
+    table = torch.tensor([[9.0], [9.0], [1.0], [0.0], [2.0], [7.0]])
+    targets, weights = torch.tensor([2, 3]), torch.tensor([3.0, 1.0])
+    loss = binary_cross_entropy(
+        torch.ones(2, 1), table, torch.zeros(6), targets, drawn(4), weights, calibration=calibration
+    )
+    beta = 2 / 3 if calibration else 1
+    no = math.log(1 + math.exp(2))
+    by_hand = (3 * (beta * math.log(1 + math.exp(-1)) + no) + (beta * math.log(2) + no)) / 4 / 2
+    assert loss.item() == pytest.approx(by_hand)
+
+
+_KINDS = ["full-softmax", "sampled-softmax", "bce", "gbce"]
+
+
+def _case(num_positions=3):
+    """Hidden states, table and biases with gradients, and targets."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = (num_positions, 4), (9, 4), (9,)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    targets = torch.randint(2, 9, (num_positions,), generator=generator)
+    return [leaf.requires_grad_() for leaf in leaves], targets
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_gradients_of_weighted_losses_agree_with_finite_differences(kind):
+    leaves, targets = _case()
+    weights, config = torch.tensor([3.0, 0.5, 1.0]), LossConfig(kind=kind)
+
+    def loss_of(*leaves):
+        return compute_loss(config, *leaves, targets, drawn([3, 4], [5, 6]), weights).double()
+
+    assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-2, atol=2e-3, nondet_tol=1e-6)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_target_of_weight_two_counts_like_two_targets(kind):
+    (hidden, table, bias), targets = _case()
+    config, twice = LossConfig(kind=kind), torch.tensor([0, 0, 1, 2])
+
+    def gradients(rows, weights):
+        for leaf in (hidden, table, bias):
+            leaf.grad = None
+        scored = hidden[rows], table, bias, targets[rows]
+        loss = compute_loss(config, *scored, drawn(3, 4), weights)
+        loss.backward()
+        return [loss.detach(), hidden.grad, table.grad, bias.grad]
+
+    weighted = gradients(torch.arange(3), torch.tensor([2.0, 1.0, 1.0]))
+    repeated = gradients(twice, None)
+    for one, other in zip(weighted, repeated, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_equal_weights_change_nothing(kind):
+    leaves, targets = _case()
+    config, weights = LossConfig(kind=kind), torch.full((3,), 7.0)
+    plain = compute_loss(config, *leaves, targets, drawn(3, 4))
+    weighted = compute_loss(config, *leaves, targets, drawn(3, 4), weights)
+    assert weighted.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_nothing_to_score_costs_nothing_with_weights_too(kind):
+    leaves, targets = _case(num_positions=0)
+    loss = compute_loss(LossConfig(kind=kind), *leaves, targets, drawn(3, 4), torch.zeros(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert not leaves[1].grad.any()
+
+
 def test_a_parameter_of_another_loss_is_refused():
     for kind, wrong in (
         ("full-softmax", {"negatives": {"num": 3}}),

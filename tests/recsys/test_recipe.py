@@ -31,6 +31,22 @@ def test_an_unknown_key_is_an_error():
         read_recipe("bert4rec", {"model": {"width": 64}})
 
 
+def test_the_recency_recipe_has_the_settings_of_the_paper():
+    recipe = read_recipe("rss")
+    objective = recipe.objective
+    assert (objective.kind, objective.recency, objective.target_share) == (
+        "recency-sampling",
+        0.8,
+        0.2,
+    )
+    assert recipe.optimiser.betas[1] == 0.98
+
+
+def test_bidirectional_attention_is_not_trained_by_recency_sampling():
+    with pytest.raises(ValidationError, match=r"learns masked-item, not recency-sampling"):
+        read_recipe("rss", {"model": {"attention": "bidirectional"}})
+
+
 def test_a_mask_is_not_learned_by_causal_attention():
-    with pytest.raises(ValidationError, match=r"causal attention learns next-item"):
+    with pytest.raises(ValidationError, match=r"causal attention learns next-item or recency"):
         read_recipe("bert4rec", {"model": {"attention": "causal"}})

@@ -1,12 +1,21 @@
 """Which events train, validate and test."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from recsys.splits import SplitConfig, leave_one_out, split_tokens, temporal_cut, whole_sequences
+from recsys.splits import (
+    SplitConfig,
+    can_train,
+    leave_one_out,
+    split_tokens,
+    temporal_cut,
+    whole_sequences,
+)
+from recsys.targets import TargetEvents
 
 
 def test_the_last_event_tests_and_the_one_before_validates():
@@ -74,3 +83,84 @@ def test_validation_comes_before_test():
     moment = datetime(2025, 1, 1, tzinfo=UTC)
     with pytest.raises(ValidationError, match="must lie before test_from"):
         SplitConfig(kind="temporal-cut", validation_from=moment, test_from=moment)
+
+
+# One user an entry, `p` being targets: end of training, validation and test position.
+LAST_TARGETS = {
+    "the last two targets, whatever stands around them": ("vpvvpvpv", 4, 4, 6),
+    "targets side by side": ("vvpp", 2, 2, 3),
+    "one target alone only trains": ("vvpv", 4, -1, -1),
+    "none at all": ("vvv", 3, -1, -1),
+    "nothing before the first of two": ("pvpv", 4, -1, -1),
+    "an event before the first of two": ("vppv", 1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAST_TARGETS)
+def test_the_last_target_tests_and_the_target_before_validates(name):
+    events, train_end, validation, test = LAST_TARGETS[name]
+    split = leave_one_out(np.array([0, len(events)]), _is_target(events))
+    assert split.train_end_U.tolist() == [train_end]
+    assert split.validation_U.tolist() == [validation]
+    assert split.test_U.tolist() == [test]
+
+
+def test_targets_of_one_user_are_not_taken_for_those_of_another():
+    # Users: two targets, none, one; then two again.
+    split = leave_one_out(np.array([0, 4, 6, 8, 11]), _is_target("vvppvvvpvpp"))
+    assert split.train_end_U.tolist() == [2, 6, 8, 9]
+    assert split.test_U.tolist() == [3, -1, -1, 10]
+
+
+def test_when_every_event_is_a_target_nothing_changes():
+    offsets_U = np.array([0, 1, 3, 6, 10, 10, 17])
+    times_T = np.random.default_rng(0).integers(0, 30, 17)
+    everything_T = np.ones(17, bool)
+    for cut in (leave_one_out, lambda U, *marks: temporal_cut(U, times_T, 10, 20, *marks)):
+        plain, marked = cut(offsets_U), cut(offsets_U, everything_T)
+        assert plain.train_end_U.tolist() == marked.train_end_U.tolist()
+        assert plain.validation_U.tolist() == marked.validation_U.tolist()
+        assert plain.test_U.tolist() == marked.test_U.tolist()
+        users = can_train(offsets_U, plain), can_train(offsets_U, marked, everything_T)
+        assert users[0].tolist() == users[1].tolist()
+
+
+# Times, events, then as above; cuts at 10 and 20.
+TEMPORAL_TARGETS = {
+    "first target of each period": ([1, 10, 11, 20, 21], "vvpvp", 1, 2, 4),
+    "history of the period alone": ([10, 11, 20, 21], "vpvp", 0, 1, 3),
+    "no target in validation": ([1, 10, 20], "pvp", 1, -1, 2),
+    "nothing before the target": ([12, 20, 21], "pvp", 0, -1, 2),
+    "no target in test": ([1, 10, 20], "vpv", 1, 1, -1),
+}
+
+
+@pytest.mark.parametrize("name", TEMPORAL_TARGETS)
+def test_the_first_target_of_a_later_period_is_looked_for_among_its_events(name):
+    times, events, train_end, validation, test = TEMPORAL_TARGETS[name]
+    offsets_U = np.array([0, len(times)])
+    split = temporal_cut(offsets_U, np.array(times), 10, 20, _is_target(events))
+    assert split.train_end_U.tolist() == [train_end]
+    assert split.validation_U.tolist() == [validation]
+    assert split.test_U.tolist() == [test]
+
+
+def test_a_user_trains_with_a_target_that_has_an_event_before_it():
+    offsets_U = np.array([0, 2, 4, 5, 8])
+    is_target_T = _is_target("vppvpvvp")
+    split = whole_sequences(offsets_U)
+    assert can_train(offsets_U, split, is_target_T).tolist() == [True, False, False, True]
+    # The last user's only target is held back.
+    split.train_end_U[-1] = 7
+    assert can_train(offsets_U, split, is_target_T).tolist() == [True, False, False, False]
+
+
+def test_a_store_is_cut_at_the_targets_of_its_context(make_store):
+    store = replace(make_store([[0, 1, 2, 3]]), context_TF=np.array([[1], [2], [2], [1]], np.uint8))
+    purchases = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
+    split = split_tokens(store, SplitConfig(), purchases)
+    assert (split.train_end_U[0], split.validation_U[0], split.test_U[0]) == (1, 1, 2)
+
+
+def _is_target(events):
+    return np.array([event == "p" for event in events])

@@ -1,16 +1,19 @@
 """The training loop on a store that a model can learn by heart."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from recsys.batches import Batch
 from recsys.errors import TrainingError
 from recsys.model import NextItemModel
 from recsys.recipe import OptimiserConfig, read_recipe
-from recsys.splits import leave_one_out
+from recsys.splits import SplitConfig, leave_one_out, split_tokens
+from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 from recsys.trainer import (
     Trainer,
@@ -37,8 +40,9 @@ def _cycles(num_users=60, length=12):
     )
 
 
-def _trainer(recipe_name="bert4rec", *, store=None, loss=None, **config):
+def _trainer(recipe_name="bert4rec", *, store=None, loss=None, data=None, **config):
     store = store or _cycles()
+    data = {"split": leave_one_out(store.offsets_U), **(data or {})}
     recipe = read_recipe(
         recipe_name,
         {
@@ -49,16 +53,17 @@ def _trainer(recipe_name="bert4rec", *, store=None, loss=None, **config):
         },
     )
     torch.manual_seed(0)
-    model = NextItemModel(recipe.model, _NUM_ITEMS + 2, ())
+    num_fields = store.context_TF.shape[1]
+    model = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
     return Trainer(
         recipe,
         TrainerConfig(precision="fp32", **config),
         model,
         store,
-        leave_one_out(store.offsets_U),
-        np.zeros(0, bool),
+        known_at_request_F=np.zeros(num_fields, bool),
         seed=0,
         device=torch.device("cpu"),
+        **data,
     )
 
 
@@ -68,6 +73,7 @@ def _trainer(recipe_name="bert4rec", *, store=None, loss=None, **config):
         ("bert4rec", {}, 25),
         ("sasrec-ce", {}, 25),
         ("esasrec", {}, 25),
+        ("rss", {}, 40),
         # With a yes or no for each item they start late.
         ("sasrec", {}, 60),
         ("gsasrec", {"negatives": {"num": 5, "group_size": 11}}, 60),
@@ -79,6 +85,71 @@ def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
     assert reports[-1].loss < 0.8 * reports[0].loss
     # Ten items are left when those seen are out: at random NDCG@10 is 0.45.
     assert reports[-1].ndcg10 > 0.9
+
+
+_PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
+
+
+def _with_purchases(store, share=0.4):
+    """The same events as views (1) and purchases (2)."""
+    types_T = 1 + (np.random.default_rng(0).random(store.num_tokens) < share)
+    return replace(store, context_TF=types_T[:, None].astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ndcg10"),
+    # Recency sampling also asks for purchases that views follow, which no order makes certain.
+    [("bert4rec", 0.9), ("sasrec-ce", 0.9), ("rss", 0.75)],
+)
+def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
+    store = _with_purchases(_cycles(num_users=100))
+    split = split_tokens(store, SplitConfig(), _PURCHASES)
+    data = {"split": split, "targets": _PURCHASES}
+    trainer = _trainer(recipe, store=store, data=data, max_epochs=60, validate_every=60)
+    reports = [trainer.train_epoch() for _ in range(60)]
+    assert reports[-1].ndcg10 > ndcg10
+
+
+def test_an_item_that_was_viewed_can_be_the_target_where_seen_items_stay():
+    # Everybody walks the circle twice: the target was seen on the first round.
+    store = _cycles(length=30)
+    kept = _trainer("sasrec-ce", store=store, data={"filter_seen": False})
+    assert kept.validate()[1] > 0
+    assert _trainer("sasrec-ce", store=store).validate() == (0, 0)
+
+
+def test_the_loss_of_an_epoch_is_weighted_over_batches():
+    # All weights are twice as large: the mean stays.
+    store = _with_purchases(_cycles())
+    losses = [
+        _trainer(store=store, data={"targets": TargetEvents(0, weights_V, is_weighted=True)})
+        .train_epoch()
+        .loss
+        for weights_V in (np.array([0, 1, 3], np.float32), np.array([0, 2, 6], np.float32))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != pytest.approx(_trainer(store=store).train_epoch().loss, rel=1e-4)
+
+
+def test_a_rank_counts_as_much_as_its_scored_positions_weigh(monkeypatch):
+    trainer = _trainer()
+    trainer.world_size = 2
+    monkeypatch.setattr("recsys.trainer._sum_over_ranks", lambda values, device: [8.0])
+    batch = Batch(*[torch.zeros(3)] * 6, weights_M=torch.tensor([3.0, 2.0, 1.0]))
+    assert trainer._weight_of(batch) == 6 * 2 / 8
+    assert trainer._weight_of(replace(batch, weights_M=None)) == 3 * 2 / 8
+
+
+def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
+    store = _with_purchases(_cycles(num_users=1, length=12))  # one user walks ten training events
+    store.context_TF[:] = [[1]] * 4 + [[2]] * 2 + [[1]] * 6
+    split = leave_one_out(store.offsets_U)
+    loss = {"negatives": {"source": "in-batch", "group_size": None}}
+    data = {"split": split, "targets": _PURCHASES}
+    trainer = _trainer("esasrec", store=store, loss=loss, data=data)
+    drawn = trainer._sampler.draw(torch.tensor([6, 7]), torch.Generator())
+    # Items 6 and 7 are the two targets: each is expected once among two.
+    assert drawn.log_expected_GN.tolist() == [[0.0, 0.0]]
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path):

@@ -1,0 +1,79 @@
+"""What a first pass over a bucket counts, against the store that training cuts."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_lake.schemas import sequences_schema
+from ray_jobs.config import TrainConfig
+from ray_jobs.sequences_reader import _count_bucket
+from recsys.catalogue import Catalogue
+from recsys.context import ContextConfig, ContextEncoder
+from recsys.splits import SplitConfig, can_train, split_tokens
+from recsys.targets import TargetsConfig, find_targets
+from recsys.tokens import TokenStore
+
+_TYPES = ("view", "add_to_cart", "purchase")
+
+
+def _sequences(num_users=40):
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "user_id": f"u{user}",
+            "item_ids": rng.choice(list("abcdefgh"), length).tolist(),
+            "event_types": rng.choice([*_TYPES, None], length, p=[0.6, 0.2, 0.15, 0.05]).tolist(),
+            "timestamps": list(range(length)),
+            "devices": [None] * length,
+            "user_bucket": 0,
+        }
+        for user, length in enumerate(rng.integers(1, 15, num_users))
+    ]
+    return pa.Table.from_pylist(rows, sequences_schema("string", "string"))
+
+
+def _count(path, targets):
+    batch = pa.table({"files": [[str(path)]]})
+    counted = _count_bucket(
+        batch, split=SplitConfig(), targets=targets, fields=["event_type"], options={}
+    )
+    return {
+        field: {
+            row["value"] or row["item_id"]: row["count"]
+            for row in counted.to_pylist()
+            if row["field"] == field
+        }
+        for field in ("users", "item_id", "event_type")
+    }
+
+
+@pytest.mark.parametrize("event_types", [(), ("purchase",), ("purchase", "add_to_cart")])
+def test_counts_agree_with_the_split_that_trains(tmp_path, event_types):
+    sequences, config = _sequences(), TargetsConfig(event_types=event_types)
+    pq.write_table(sequences, tmp_path / "bucket.parquet")
+    counts = _count(tmp_path / "bucket.parquet", config)
+
+    catalogue = Catalogue.build(pa.array(list("abcdefgh")), np.ones(8, int), None)
+    encoder = ContextEncoder.learn(
+        ContextConfig(categorical=("event_type",), time=()),
+        {"event_type": dict.fromkeys(_TYPES, 1)},
+    )
+    store = TokenStore.from_sequences(sequences, catalogue, encoder)
+    targets = find_targets(config, encoder)
+    split = split_tokens(store, SplitConfig(), targets)
+    is_target_T = None if targets is None else targets.mark(store.context_TF)
+    assert counts["users"] == {
+        "trainable": can_train(store.offsets_U, split, is_target_T).sum(),
+        "validated": (split.validation_U >= 0).sum(),
+    }
+    num_training = (split.train_end_U - store.offsets_U[:-1]).sum()
+    assert sum(counts["item_id"].values()) == num_training
+    assert 0 < counts["users"]["validated"] < len(sequences)
+
+
+def test_targets_need_the_event_type_among_the_context():
+    context = ContextConfig(categorical=("device",))
+    with pytest.raises(ValueError, match=r"tell events apart by 'event_type', which context"):
+        TrainConfig(context=context, targets=TargetsConfig(event_types=("purchase",)))
+    assert not TrainConfig(context=context).targets.are_needed
