@@ -23,6 +23,7 @@ from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
 from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
+from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
 from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig
@@ -92,6 +93,9 @@ class TrainConfig(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Single values of the recipe, e.g. `[train.overrides.model] dim = 128`."""
     context: ContextConfig = ContextConfig()
+    attributes: AttributesConfig = AttributesConfig()
+    """Columns of the items table that item vectors are made of, beside the ids: what is new can
+    then be recommended, and every available item of the table is in the catalogue."""
     trainer: TrainerConfig = TrainerConfig()
     name: str | None = None
     """Name of the run; a run that was killed goes on when it is started with its name again."""
@@ -108,6 +112,12 @@ class TrainConfig(Section):
         if "recipe" in info.data:
             read_recipe(info.data["recipe"], overrides)
         return overrides
+
+    @model_validator(mode="after")
+    def _hides_ids_for_attributes(self) -> Self:
+        if "id_dropout" in self.overrides.get("model", {}) and not self.attributes.fields:
+            raise ValueError("overrides.model.id_dropout does nothing without attributes")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from recsys.catalogue import NUM_SPECIAL
+from recsys.catalogue import NUM_SPECIAL, PAD
+from recsys.item_table import Rows, all_rows
 from recsys.negatives import Negatives, NegativesConfig
 
 
@@ -118,7 +119,11 @@ def full_softmax(
 
 
 def sampled_softmax(
-    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
+    hidden_MD: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
+    targets_M: Tensor,
+    negatives: Negatives,
 ) -> Tensor:
     """Cross-entropy over the target and N negatives, each of which stands for as many items as it
     was less likely than surely to be drawn (logQ correction; Jean et al., 2015, Yi et al., 2019).
@@ -138,8 +143,8 @@ def sampled_softmax(
 
 def binary_cross_entropy(
     hidden_MD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
     targets_M: Tensor,
     negatives: Negatives,
     *,
@@ -166,14 +171,15 @@ def binary_cross_entropy(
 def compute_loss(
     config: LossConfig,
     hidden_MD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
     targets_M: Tensor,
     negatives: Negatives | None,
 ) -> Tensor:
     """The configured loss; `negatives` are None for the full softmax alone."""
     if config.kind == "full-softmax":
-        return full_softmax(hidden_MD, table_ID, bias_I, targets_M, block_size=config.block_size)
+        whole_ID, whole_I = all_rows(table_ID), all_rows(bias_I)
+        return full_softmax(hidden_MD, whole_ID, whole_I, targets_M, block_size=config.block_size)
     assert negatives is not None
     if config.kind == "sampled-softmax":
         return sampled_softmax(hidden_MD, table_ID, bias_I, targets_M, negatives)
@@ -184,7 +190,11 @@ def compute_loss(
 
 
 def _score(
-    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
+    hidden_MD: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
+    targets_M: Tensor,
+    negatives: Negatives,
 ) -> tuple[Tensor, Tensor]:
     """Scores of the targets `[M]` and of the negatives `[M, N]`, fp32."""
     dtype, (M, D), items_GN = hidden_MD.dtype, hidden_MD.shape, negatives.items_GN
@@ -202,6 +212,7 @@ def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:
     return negatives.per_position(negatives.items_GN, len(targets_M)) == targets_M[:, None]
 
 
-def _nothing(hidden_MD: Tensor, table_ID: Tensor) -> Tensor:
+def _nothing(hidden_MD: Tensor, table_ID: Tensor | Rows) -> Tensor:
     """A zero that every parameter has a part in, so that ranks agree on who has a gradient."""
-    return (hidden_MD.sum() + table_ID[:1].sum() * 0.0).float() * 0.0
+    padding = torch.tensor([PAD], device=hidden_MD.device)
+    return (hidden_MD.sum() + table_ID[padding].sum() * 0.0).float() * 0.0
