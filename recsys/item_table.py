@@ -87,7 +87,7 @@ class ItemFeatures(nn.Module):
         # The codes of one item after those of the other: each place is moved to where they lie.
         moved = (first - ends[:-1]).repeat_interleave(lengths)
         places = torch.arange(len(moved), dtype=torch.int32, device=moved.device) + moved
-        return self._bag(weight, self.codes[places], ends).view(*items.shape, -1)
+        return self._bag(weight, self.codes[places], ends).view(*items.shape, weight.shape[1])
 
     @staticmethod
     def _bag(weight: Tensor, codes: Tensor, offsets: Tensor) -> Tensor:
