@@ -239,7 +239,7 @@ def make_beauty(develop: bool) -> Task:
         split,
         cold,
         *_divide(tests, store, cold),
-        max_epochs=25,
+        max_epochs=20,
     )
 
 

@@ -95,27 +95,26 @@ class ItemFeatures(nn.Module):
 
 
 class AttributedTable(ItemTable):
-    """`id + attributes`, where a hidden id is one vector that all hidden ones share."""
+    """`id + attributes`, where a hidden id adds nothing."""
 
     def __init__(self, num_rows: int, dim: int, features: ItemFeatures) -> None:
         super().__init__(num_rows, dim)
         self.features = features
-        self.unknown_id = nn.Parameter(torch.zeros(dim))
         self.attributes = nn.Embedding(features.num_codes, dim)
 
     def forward(self, items: Tensor) -> Tensor:
         is_hidden = self.features.is_hidden_I[items][..., None]
-        ids = torch.where(is_hidden, self.unknown_id, super().forward(items))
+        ids = super().forward(items).masked_fill(is_hidden, 0)
         return ids + self.features.pool(self.attributes.weight, items)
 
     def all(self) -> Tensor:
         """The vectors of all items, `[I, D]`, computed now."""
-        ids_ID = torch.where(self.features.is_hidden_I[:, None], self.unknown_id, self.weight)
+        ids_ID = self.weight.masked_fill(self.features.is_hidden_I[:, None], 0)
         return ids_ID + self.features.pool(self.attributes.weight)
 
 
 class AttributeBias(nn.Module):
-    """What attributes add to the biases of items, and what stands for a hidden id.
+    """What attributes add to the biases of items; that of a hidden id adds nothing.
 
     In training an item without a training event has a bias of minus infinity: it takes no part in
     the loss, which would teach that what is new is never wanted.
@@ -124,14 +123,13 @@ class AttributeBias(nn.Module):
     def __init__(self, features: ItemFeatures) -> None:
         super().__init__()
         self.features = features
-        self.unknown_id = nn.Parameter(torch.zeros(()))
         self.attributes = nn.Parameter(torch.zeros(features.num_codes, 1))
 
     def forward(self, item_bias_I: Tensor, items: Tensor | None = None) -> Tensor:
         """Biases of the items `[...]`, or of all `[I]`."""
         rows = slice(None) if items is None else items
         features = self.features
-        ids = torch.where(features.is_hidden_I[rows], self.unknown_id, item_bias_I[rows])
+        ids = item_bias_I[rows].masked_fill(features.is_hidden_I[rows], 0)
         biases = ids + features.pool(self.attributes, items).squeeze(-1)
         if self.training:
             return biases.masked_fill(features.is_untrained_I[rows], float("-inf"))

@@ -32,7 +32,6 @@ def make_table():
     with torch.no_grad():
         table.weight.copy_(torch.tensor([[0.0], [5.0], [10.0], [20.0], [999.0]]))
         table.attributes.weight.copy_(torch.tensor([[0.5], [0.25], [2.0], [4.0]]))
-        table.unknown_id.fill_(100.0)
     return table.eval()
 
 
@@ -66,8 +65,8 @@ def forward(model, items):
 
 
 def test_a_vector_is_that_of_the_id_plus_those_of_the_attributes():
-    # Item 2: 10 + 0.25 + 4; item 3 has no attribute; the cold one: 100 + 0.25 + 2.
-    expected = [0.0, 5.0, 14.25, 20.0, 102.25]
+    # Item 2: 10 + 0.25 + 4; item 3 has no attribute; the cold one: 0.25 + 2 without its 999.
+    expected = [0.0, 5.0, 14.25, 20.0, 2.25]
     table = make_table()
     assert table.all().flatten().tolist() == expected
     assert table(torch.arange(5)).flatten().tolist() == expected
@@ -91,9 +90,8 @@ def test_lookups_and_the_whole_table_have_the_same_gradients():
 
     for one, other in zip(gradients(table(items)), gradients(table.all()[items]), strict=True):
         torch.testing.assert_close(one, other)
-    # The cold item passes its gradient, 2 + 3, on to its attributes and to what stands for its id.
+    # The cold item passes its gradient, 2 + 3, on to its attributes alone.
     assert table.weight.grad[_COLD].item() == 0
-    assert table.unknown_id.grad.item() == 5
     assert table.attributes.weight.grad.flatten().tolist() == [0, 6, 5, 1]
 
 
@@ -126,9 +124,8 @@ def test_a_cold_item_is_no_worse_for_its_bias():
     item_bias_I = torch.tensor([0.0, 0.0, 3.0, 1.0, -50.0])
     with torch.no_grad():
         bias.attributes.copy_(torch.tensor([[0.0], [0.5], [0.25], [0.0]]))
-        bias.unknown_id.fill_(2.0)
-    assert bias(item_bias_I).tolist() == [0.0, 0.0, 3.5, 1.0, 2.75]
-    assert bias(item_bias_I, torch.tensor([[4, 2]])).tolist() == [[2.75, 3.5]]
+    assert bias(item_bias_I).tolist() == [0.0, 0.0, 3.5, 1.0, 0.75]
+    assert bias(item_bias_I, torch.tensor([[4, 2]])).tolist() == [[0.75, 3.5]]
 
 
 def test_cold_items_take_no_part_in_training():
