@@ -23,6 +23,7 @@ from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
 from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
+from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
 from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig
@@ -94,6 +95,9 @@ class TrainConfig(Section):
     """Single values of the recipe, e.g. `[train.overrides.model] dim = 128`."""
     context: ContextConfig = ContextConfig()
     targets: TargetsConfig = TargetsConfig()
+    attributes: AttributesConfig = AttributesConfig()
+    """Columns of the items table that item vectors are made of, beside the ids: what is new can
+    then be recommended, and every available item of the table is in the catalogue."""
     trainer: TrainerConfig = TrainerConfig()
     name: str | None = None
     """Name of the run; a run that was killed goes on when it is started with its name again."""
@@ -118,6 +122,12 @@ class TrainConfig(Section):
                 f"targets tell events apart by {FIELD!r}, which context.categorical does not "
                 "name; add it there"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hides_ids_for_attributes(self) -> Self:
+        if "id_dropout" in self.overrides.get("model", {}) and not self.attributes.fields:
+            raise ValueError("overrides.model.id_dropout does nothing without attributes")
         return self
 
 

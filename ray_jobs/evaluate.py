@@ -158,7 +158,7 @@ def choose_targets(
 
 def _measure_models(finished: FinishedRun, targets: Targets, config: PipelineConfig) -> list[Row]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = finished.load_model().to(device)
+    model = finished.load_model().materialised().to(device)
     known_F = finished.vocabulary.context.known_at_request_F
     scorers = (
         ModelScorer(model, known_F, name=MODEL),

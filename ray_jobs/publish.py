@@ -22,7 +22,7 @@ from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
-from recsys.artifact import publish
+from recsys.artifact import ATTRIBUTES, publish
 from recsys.export import MODEL_FILE, export_onnx, parity
 from recsys.fallback import write_fallback
 from recsys.registry import promote
@@ -73,8 +73,9 @@ def _refuse_if_beaten(finished: FinishedRun, evaluation: dict[str, Any]) -> None
 def _write_artifact(
     folder: Path, finished: FinishedRun, store: TokenStore, evaluation: dict[str, Any]
 ) -> None:
-    for name in ("model.safetensors", "catalogue.parquet", "context.json"):
-        shutil.copy(finished.folder / name, folder / name)
+    for name in ("model.safetensors", "catalogue.parquet", "context.json", ATTRIBUTES):
+        if (finished.folder / name).exists() or name != ATTRIBUTES:
+            shutil.copy(finished.folder / name, folder / name)
     config = json.loads((finished.folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**config, "recipe": finished.facts["recipe"]}, indent=1)

@@ -8,7 +8,8 @@ from typing import Any
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.sequences_reader import Vocabulary
-from recsys.artifact import load_model
+from recsys.artifact import ATTRIBUTES, load_model
+from recsys.attributes import AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.model import NextItemModel
@@ -25,7 +26,8 @@ class FinishedRun:
     vocabulary: Vocabulary
 
     def load_model(self) -> NextItemModel:
-        return load_model(self.folder, self.vocabulary.catalogue, self.vocabulary.context)
+        known = self.vocabulary
+        return load_model(self.folder, known.catalogue, known.context, known.attributes)
 
     @property
     def targets_config(self) -> TargetsConfig:
@@ -63,6 +65,8 @@ def open_run(config: PipelineConfig, name: str | None) -> FinishedRun:
         finished = sorted(path.parent.name for path in runs.glob("*/run.json"))
         raise JobError(f"There is no finished run {name!r}; finished: {', '.join(finished)}.")
     vocabulary = Vocabulary(
-        Catalogue.read(folder / "catalogue.parquet"), ContextEncoder.read(folder / "context.json")
+        Catalogue.read(folder / "catalogue.parquet"),
+        ContextEncoder.read(folder / "context.json"),
+        AttributeEncoder.read(folder / ATTRIBUTES),
     )
     return FinishedRun(folder, json.loads((folder / "run.json").read_text()), vocabulary)

@@ -13,8 +13,11 @@ from data_lake.errors import TableError
 from data_lake.parquet import read_files
 from data_lake.tables import files_by_bucket, open_table, read_table, table_exists
 from ray_jobs.config import PipelineConfig
+from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
+from recsys.item_table import ItemFeatures
+from recsys.model import ModelConfig, NextItemModel
 from recsys.splits import Split, SplitConfig, can_train, split_offsets
 from recsys.targets import FIELD, TargetsConfig
 from recsys.tokens import TokenStore, list_column
@@ -28,6 +31,12 @@ class Vocabulary:
 
     catalogue: Catalogue
     context: ContextEncoder
+    attributes: AttributeEncoder = NO_ATTRIBUTES
+
+    def make_model(self, config: ModelConfig) -> NextItemModel:
+        """An untrained model of this vocabulary."""
+        features = ItemFeatures.build(self.catalogue, self.attributes)
+        return NextItemModel(config, self.catalogue.num_rows, self.context.sizes, features)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,11 @@ def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaT
 
 def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
     """The catalogue (items of all sequences, their training counts, their attributes) and the
-    values that the context fields take in training."""
+    values that the context fields take in training.
+
+    With `train.attributes` the items that no sequence holds are in the catalogue too. Raises:
+    TableError or CatalogueError when there is no items table then, or it lacks such a column.
+    """
     counted = _buckets(sequences).map_batches(
         _count_bucket,
         batch_size=1,
@@ -77,11 +90,12 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
     counts = counts.group_by(["field", "item_id", "value"]).aggregate([("count", "sum")])
 
     of_items = counts.filter(pc.equal(counts["field"], "item_id"))
-    items = _open_items(config)
+    items, attributes = _open_items(config), config.train.attributes
     catalogue = Catalogue.build(
         of_items["item_id"].combine_chunks(),
         of_items["count_sum"].to_numpy(),
         None if items is None else read_table(items),
+        with_unseen=bool(attributes.fields),
     )
     values = {
         name: _as_counts(counts.filter(pc.equal(counts["field"], name)))
@@ -89,7 +103,11 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
     }
     users = _as_counts(counts.filter(pc.equal(counts["field"], "users")))
     return Learned(
-        Vocabulary(catalogue, ContextEncoder.learn(config.train.context, values)),
+        Vocabulary(
+            catalogue,
+            ContextEncoder.learn(config.train.context, values),
+            AttributeEncoder.learn(attributes, catalogue),
+        ),
         num_trainable=users["trainable"],
         num_validated=users["validated"],
         items_version=None if items is None else items.version(),
@@ -227,5 +245,10 @@ def _as_counts(counts: pa.Table) -> dict[str, int]:
 def _open_items(config: PipelineConfig) -> DeltaTable | None:
     storage = config.storage
     if not table_exists(storage.lake_uri, "items", storage.options):
+        if config.train.attributes.fields:
+            raise TableError(
+                "train.attributes needs an items table, which the lake does not have; ingest "
+                "[[ingest.items]] first, or leave train.attributes out."
+            )
         return None
     return open_table(storage.lake_uri, "items", storage.options)

@@ -45,7 +45,6 @@ from ray_jobs.sequences_reader import (
     open_sequences,
 )
 from recsys.artifact import save_model
-from recsys.model import NextItemModel
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import split_tokens
 from recsys.targets import find_targets
@@ -139,7 +138,7 @@ def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
     config, context = plan.config, plan.vocabulary.context
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
-    model = NextItemModel(plan.recipe.model, plan.vocabulary.catalogue.num_rows, context.sizes)
+    model = plan.vocabulary.make_model(plan.recipe.model)
     targets = find_targets(config.train.targets, context)
     return Trainer(
         plan.recipe,
@@ -243,11 +242,11 @@ def _write_run(
 ) -> None:
     checkpoint, metrics = best
     vocabulary = learned.vocabulary
-    model = NextItemModel(recipe.model, vocabulary.catalogue.num_rows, vocabulary.context.sizes)
+    model = vocabulary.make_model(recipe.model)
     with checkpoint.as_directory() as path:
         saved = torch.load(Path(path) / "trainer.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(saved["weights"])
-    save_model(folder, model, vocabulary.catalogue, vocabulary.context)
+    save_model(folder, model, vocabulary.catalogue, vocabulary.context, vocabulary.attributes)
 
     content = {
         "name": folder.name,

@@ -4,6 +4,7 @@
     model.safetensors       weights
     catalogue.parquet       item_id, count, attributes; a row an item in index order
     context.json            context fields and their values
+    attributes.json         attributes of items and their values, where vectors are made of any
     fallback/*.parquet      popular.parquet, segments.parquet, covisited.parquet
     metrics.json            the evaluation
     model.onnx              the encoder, where it was exported
@@ -24,13 +25,16 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
-from recsys.errors import ArtifactError
+from recsys.errors import ArtifactError, CatalogueError
+from recsys.item_table import ItemFeatures
 from recsys.model import ModelConfig, NextItemModel
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+ATTRIBUTES = "attributes.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class Artifact:
     manifest: dict[str, Any]
     catalogue: Catalogue
     context: ContextEncoder
+    attributes: AttributeEncoder = NO_ATTRIBUTES
 
     def load_model(self) -> NextItemModel:
         """The model in evaluation mode, on the CPU. Raises ArtifactError when the weights do not
         fit.
         """
-        return load_model(self.path, self.catalogue, self.context)
+        return load_model(self.path, self.catalogue, self.context, self.attributes)
 
     def metrics(self) -> dict[str, Any]:
         """The evaluation that this version was published with."""
@@ -58,9 +63,15 @@ class Artifact:
 
 
 def save_model(
-    folder: Path, model: NextItemModel, catalogue: Catalogue, context: ContextEncoder
+    folder: Path,
+    model: NextItemModel,
+    catalogue: Catalogue,
+    context: ContextEncoder,
+    attributes: AttributeEncoder = NO_ATTRIBUTES,
 ) -> None:
-    """Writes config.json, model.safetensors, catalogue.parquet and context.json."""
+    """Writes config.json, model.safetensors, catalogue.parquet, context.json and, where items have
+    attributes, attributes.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps({"model": model.config.model_dump(mode="json")}, indent=1)
@@ -68,6 +79,8 @@ def save_model(
     save_weights(folder / "model.safetensors", model)
     catalogue.write(folder / "catalogue.parquet")
     context.write(folder / "context.json")
+    if attributes.config.fields:
+        attributes.write(folder / ATTRIBUTES)
 
 
 def save_weights(path: Path, model: NextItemModel) -> None:
@@ -77,7 +90,12 @@ def save_weights(path: Path, model: NextItemModel) -> None:
     )
 
 
-def load_model(folder: Path, catalogue: Catalogue, context: ContextEncoder) -> NextItemModel:
+def load_model(
+    folder: Path,
+    catalogue: Catalogue,
+    context: ContextEncoder,
+    attributes: AttributeEncoder = NO_ATTRIBUTES,
+) -> NextItemModel:
     """The counterpart of `save_model`. Raises ArtifactError when files are missing or do not belong
     together.
     """
@@ -85,9 +103,10 @@ def load_model(folder: Path, catalogue: Catalogue, context: ContextEncoder) -> N
         config = ModelConfig.model_validate(
             json.loads((folder / "config.json").read_text())["model"]
         )
-        model = NextItemModel(config, catalogue.num_rows, context.sizes)
+        features = ItemFeatures.build(catalogue, attributes)
+        model = NextItemModel(config, catalogue.num_rows, context.sizes, features)
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, CatalogueError) as error:
         raise ArtifactError(f"The model in {folder} cannot be loaded: {error}") from error
     return model.eval()
 
@@ -143,6 +162,7 @@ def load_artifact(path: Path) -> Artifact:
         manifest=manifest,
         catalogue=Catalogue.read(path / "catalogue.parquet"),
         context=ContextEncoder.read(path / "context.json"),
+        attributes=AttributeEncoder.read(path / ATTRIBUTES),
     )
 
 

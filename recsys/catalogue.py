@@ -28,10 +28,22 @@ class Catalogue:
             raise CatalogueError("The catalogue has no item; ingest events first.")
 
     @classmethod
-    def build(cls, item_ids: pa.Array, counts: np.ndarray, items: pa.Table | None) -> "Catalogue":
+    def build(
+        cls,
+        item_ids: pa.Array,
+        counts: np.ndarray,
+        items: pa.Table | None,
+        *,
+        with_unseen: bool = False,
+    ) -> "Catalogue":
         """From distinct `item_ids` with their training `counts`, attributes joined from `items` by
-        item_id.
+        item_id; `with_unseen` adds the available ones of `items` that are not among them.
         """
+        if with_unseen and items is not None:
+            unseen = _available(items)
+            unseen = unseen.filter(pc.invert(pc.is_in(unseen, item_ids)))
+            item_ids = pa.concat_arrays([item_ids, unseen.cast(item_ids.type)])
+            counts = np.concatenate([counts, np.zeros(len(unseen), np.int64)])
         order = pc.sort_indices(item_ids)
         table = pa.table({"item_id": item_ids.take(order), "count": pa.array(counts).take(order)})
         if items is None:
@@ -101,6 +113,14 @@ class Catalogue:
         return (
             item_ids if item_ids.type == self.item_ids.type else item_ids.cast(self.item_ids.type)
         )
+
+
+def _available(items: pa.Table) -> pa.Array:
+    """Ids of what is not sold out; an item that does not say so is there."""
+    item_ids = items["item_id"].combine_chunks()
+    if "available" not in items.column_names:
+        return item_ids
+    return item_ids.filter(pc.fill_null(items["available"].combine_chunks(), True))
 
 
 def _as_type(item_id: int | str, kind: pa.DataType) -> int | str | None:

@@ -77,7 +77,8 @@ class Parity:
 
 def export_onnx(model: NextItemModel, path: Path) -> None:
     """Writes the encoder of a CPU model for windows of `max_len` positions, left-padded, and any
-    batch size."""
+    batch size. Items are looked up in one table, whatever their vectors are made of."""
+    model = model.materialised()
     example = sample_inputs(model, num_windows=2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=4096)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -101,6 +102,7 @@ def export_onnx(model: NextItemModel, path: Path) -> None:
 @torch.no_grad()
 def parity(model: NextItemModel, path: Path, *, num_windows: int = 64, seed: int = 0) -> Parity:
     """Compares an export with its model on random windows of every length."""
+    model = model.eval()
     inputs = sample_inputs(model, num_windows=num_windows, seed=seed)
     expected_BI = model.scores(LastState(model).eval()(*inputs))
     exported_BI = model.scores(OnnxEncoder(path, model.config.max_len)(*inputs))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from recsys.catalogue import NUM_SPECIAL
+from recsys.catalogue import NUM_SPECIAL, PAD
+from recsys.item_table import Rows, all_rows
 from recsys.negatives import Negatives, NegativesConfig
 
 
@@ -134,8 +135,8 @@ def full_softmax(
 
 def sampled_softmax(
     hidden_MD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
     targets_M: Tensor,
     negatives: Negatives,
     weights_M: Tensor | None = None,
@@ -161,8 +162,8 @@ def sampled_softmax(
 
 def binary_cross_entropy(
     hidden_MD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
     targets_M: Tensor,
     negatives: Negatives,
     weights_M: Tensor | None = None,
@@ -191,17 +192,18 @@ def binary_cross_entropy(
 def compute_loss(
     config: LossConfig,
     hidden_MD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
     targets_M: Tensor,
     negatives: Negatives | None,
     weights_M: Tensor | None = None,
 ) -> Tensor:
     """The configured loss; `negatives` are None for the full softmax alone."""
-    scored = hidden_MD, table_ID, bias_I, targets_M
     if config.kind == "full-softmax":
-        return full_softmax(*scored, weights_M, block_size=config.block_size)
+        whole = hidden_MD, all_rows(table_ID), all_rows(bias_I), targets_M
+        return full_softmax(*whole, weights_M, block_size=config.block_size)
     assert negatives is not None
+    scored = hidden_MD, table_ID, bias_I, targets_M
     if config.kind == "sampled-softmax":
         return sampled_softmax(*scored, negatives, weights_M)
     calibration = config.calibration if config.kind == "gbce" else 0.0
@@ -209,7 +211,11 @@ def compute_loss(
 
 
 def _score(
-    hidden_MD: Tensor, table_ID: Tensor, bias_I: Tensor, targets_M: Tensor, negatives: Negatives
+    hidden_MD: Tensor,
+    table_ID: Tensor | Rows,
+    bias_I: Tensor | Rows,
+    targets_M: Tensor,
+    negatives: Negatives,
 ) -> tuple[Tensor, Tensor]:
     """Scores of the targets `[M]` and of the negatives `[M, N]`, fp32."""
     dtype, (M, D), items_GN = hidden_MD.dtype, hidden_MD.shape, negatives.items_GN
@@ -241,6 +247,7 @@ def _total(weights_M: Tensor) -> Tensor:
     return weights_M.sum().clamp(min=torch.finfo(weights_M.dtype).tiny)
 
 
-def _nothing(hidden_MD: Tensor, table_ID: Tensor) -> Tensor:
+def _nothing(hidden_MD: Tensor, table_ID: Tensor | Rows) -> Tensor:
     """A zero that every parameter has a part in, so that ranks agree on who has a gradient."""
-    return (hidden_MD.sum() + table_ID[:1].sum() * 0.0).float() * 0.0
+    padding = torch.tensor([PAD], device=hidden_MD.device)
+    return (hidden_MD.sum() + table_ID[padding].sum() * 0.0).float() * 0.0

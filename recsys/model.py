@@ -5,7 +5,8 @@ Sources: BERT4Rec (Sun et al., 2019, doi:10.1145/3357384.3357895), SASRec (Kang 
 doi:10.1109/ICDM.2018.00035).
 """
 
-from typing import Literal, NamedTuple
+import copy
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
+from recsys.item_table import (
+    AttributeBias,
+    AttributedTable,
+    ItemFeatures,
+    ItemTable,
+    Rows,
+    make_table,
+)
 
 
 class ModelConfig(BaseModel):
@@ -32,6 +41,9 @@ class ModelConfig(BaseModel):
     """ligr: residuals with a gate and SwiGLU, which stay trainable when layers are many."""
     separate_output: bool = False
     """Items are scored by vectors of their own instead of those that sequences are read with."""
+    id_dropout: float = Field(0.2, ge=0, lt=1)
+    """With attributes: share of the items whose ids are hidden in a training step, so that their
+    attributes learn to stand for an item that is new."""
     relative_bias: bool = False
     """Adds to attention what a head learned of the distance between two positions (Raffel et al.,
     2020). A mask token then finds its neighbours at once, wherever it stands."""
@@ -203,16 +215,24 @@ class NextItemModel(nn.Module):
     Args:
         num_rows: rows of the item table, padding and mask included.
         context_sizes: number of codes of each context field; empty for none.
+        features: attributes of the items; None for items that are known by their ids alone.
     """
 
-    def __init__(self, config: ModelConfig, num_rows: int, context_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_rows: int,
+        context_sizes: tuple[int, ...],
+        features: ItemFeatures | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.items = nn.Embedding(num_rows, config.dim, padding_idx=PAD)
+        self.items = make_table(num_rows, config.dim, features)
         self.outputs = (
-            nn.Embedding(num_rows, config.dim, padding_idx=PAD) if config.separate_output else None
+            make_table(num_rows, config.dim, features) if config.separate_output else None
         )
         self.item_bias = nn.Parameter(torch.zeros(num_rows))
+        self.attribute_bias = AttributeBias(features) if features is not None else None
         self.positions = nn.Embedding(config.max_len, config.dim)
         self.context = ContextEmbedding(context_sizes, config.dim) if context_sizes else None
         # A causal position reads its own event and, apart from it, the context of the request that
@@ -229,7 +249,42 @@ class NextItemModel(nn.Module):
     @property
     def output_table_ID(self) -> Tensor:
         """The vectors that states are compared with."""
-        return self.items.weight if self.outputs is None else self.outputs.weight
+        return self._output_table.all()
+
+    @property
+    def output_bias_I(self) -> Tensor:
+        """What is added to the scores."""
+        return self.item_bias if self.attribute_bias is None else self._biases()
+
+    def output_rows(self) -> tuple[Tensor | Rows, Tensor | Rows]:
+        """The vectors `[I, D]` and biases `[I]` of items as losses look at them: rows that cost
+        something are computed when they are indexed.
+        """
+        if self.attribute_bias is None:
+            return self.output_table_ID, self.item_bias
+        table, num_rows = self._output_table, len(self.item_bias)
+        vectors = Rows(lambda items: table.all() if items is None else table(items), num_rows)
+        return vectors, Rows(self._biases, num_rows)
+
+    def hide_ids(self, generator: torch.Generator) -> None:
+        """Draws whose ids are hidden in the next training step; nothing without attributes."""
+        if self.attribute_bias is not None:
+            self.attribute_bias.features.draw_hidden(self.config.id_dropout, generator)
+
+    def materialised(self) -> "NextItemModel":
+        """The model as it serves, in evaluation mode: a copy with plain item tables that hold what
+        ids and attributes add up to. Without attributes it is the model itself.
+        """
+        self.eval()
+        if self.attribute_bias is None:
+            return self
+        with torch.no_grad():
+            # What the copy finds in here it takes instead of copying.
+            plain: dict[int, Any] = {id(self.item_bias): nn.Parameter(self._biases())}
+            for table in filter(None, (self.items, self.outputs)):
+                plain[id(table)] = ItemTable(len(table.weight), self.config.dim, table.all())
+            plain[id(self.attribute_bias)] = None
+            return copy.deepcopy(self, plain)
 
     def forward(
         self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor, seconds_BL2: Tensor
@@ -263,9 +318,18 @@ class NextItemModel(nn.Module):
     def scores(self, hidden_BD: Tensor) -> Tensor:
         """Scores `[B, I]`; padding and mask are -inf."""
         table_ID = self.output_table_ID.to(hidden_BD.dtype)
-        scores_BI = (hidden_BD @ table_ID.T).float() + self.item_bias
+        scores_BI = (hidden_BD @ table_ID.T).float() + self.output_bias_I
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
+
+    @property
+    def _output_table(self) -> ItemTable:
+        return self.items if self.outputs is None else self.outputs
+
+    def _biases(self, items: Tensor | None = None) -> Tensor:
+        assert self.attribute_bias is not None
+        biases: Tensor = self.attribute_bias(self.item_bias, items)
+        return biases
 
     def _seen(self, items_BL: Tensor, seconds_BL2: Tensor) -> Seen:
         L, is_causal = items_BL.shape[1], self.config.attention == "causal"
@@ -336,3 +400,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.weight[module.padding_idx].zero_()
+    if isinstance(module, AttributedTable):
+        # Most often no trained item lacks an attribute, and unknown then means nothing.
+        with torch.no_grad():
+            module.attributes.weight[module.features.unknown_codes_F] = 0

@@ -73,7 +73,7 @@ class Ranker:
         self, artifact: Artifact, *, device: str = "auto", backend: Backend = "torch"
     ) -> None:
         self._device = torch.device(_available_device() if device == "auto" else device)
-        self._model = artifact.load_model().to(self._device)
+        self._model = artifact.load_model().materialised().to(self._device)
         self._index = ItemIndex(artifact.catalogue)
         self._context = artifact.context
         self._encode = _encoder(backend, artifact.path, self._model)

@@ -13,7 +13,8 @@ from recsys.tokens import TokenStore
 
 class ModelScorer:
     """Scores with a model, knowing the context of the request (`time-aware`) or nothing of it
-    (`time-blind`).
+    (`time-blind`). Vectors made of attributes are computed here, once: it scores with the weights
+    of that moment.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class ModelScorer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name = name
-        self._model = model
+        self._model = model.materialised()
         self._device = model.item_bias.device
         self._known_F = torch.from_numpy(known_at_request_F)
         self._knows_request = knows_request

@@ -116,7 +116,10 @@ class Trainer:
             )
         self._sampler = self._make_sampler(is_target_T)
         self._validation_users = _sample_users(split.validation_U, config.validation_users, seed)
-        self._replica = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+        self._replica: nn.Module = self.model
+        if self.world_size > 1:
+            # Buffers are the same everywhere; the attributes of millions of items would travel.
+            self._replica = DistributedDataParallel(self.model, broadcast_buffers=False)
         self._optimiser = make_optimiser(self.model, recipe.optimiser)
         self.local_batch_size = max(1, recipe.batch_size // self.world_size)
         self.steps_per_epoch = self._windows.num_batches(self.local_batch_size, self.world_size)
@@ -212,12 +215,13 @@ class Trainer:
     def _step(self, batch: Batch, generator: torch.Generator) -> Tensor:
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate()
+        self.model.hide_ids(generator)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden_BLD = self._replica(
                 batch.items_BL, batch.context_BLF, batch.request_BLF, batch.seconds_BL2
             )
         hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(self.dtype)
-        table_ID, bias_I = self.model.output_table_ID, self.model.item_bias
+        table_ID, bias_I = self.model.output_rows()
         negatives = self._sampler.draw(batch.targets_M, generator) if self._sampler else None
         loss = compute_loss(
             self.recipe.loss,

@@ -1,10 +1,12 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from recsys.artifact import MANIFEST, load_artifact, publish
+from recsys.attributes import NO_ATTRIBUTES
 from recsys.errors import ArtifactError
 
 
@@ -90,3 +92,25 @@ def test_weights_of_another_size_are_refused(copy):
 
     with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded: .*size mismatch"):
         load_artifact(copy).load_model()
+
+
+def test_attributes_come_back_with_the_model(fashion, fashion_artifact):
+    assert fashion_artifact.attributes == fashion.attributes
+    assert "attributes.json" in fashion_artifact.manifest["files"]
+
+    model = fashion_artifact.load_model()
+    expected = fashion.train()
+    torch.testing.assert_close(model.output_table_ID, expected.output_table_ID)
+    torch.testing.assert_close(model.output_bias_I, expected.output_bias_I)
+
+
+def test_artifact_without_attributes_holds_nothing_of_them(registry):
+    artifact = load_artifact(registry / "v1")
+
+    assert artifact.attributes is NO_ATTRIBUTES
+    assert "attributes.json" not in artifact.manifest["files"]
+
+
+def test_attributes_that_do_not_belong_to_the_weights_are_refused(fashion_artifact):
+    with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded: .*items\.attributes\.weight"):
+        replace(fashion_artifact, attributes=NO_ATTRIBUTES).load_model()

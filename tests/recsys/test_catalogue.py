@@ -50,6 +50,20 @@ def test_attributes_are_joined_by_id():
     assert catalogue.counts_I.tolist() == [0, 0, 2, 3, 1]
 
 
+def test_items_that_no_sequence_holds_may_join_with_a_count_of_0():
+    items = pa.table({"item_id": [40, 20, 15], "category": ["new", "x", "newer"]})
+    catalogue = Catalogue.build(pa.array([20, 10]), np.array([5, 6]), items, with_unseen=True)
+    assert catalogue.item_ids.to_pylist() == [10, 15, 20, 40]
+    assert catalogue.counts_I.tolist() == [0, 0, 6, 0, 5, 0]
+    assert catalogue.column("category").to_pylist() == [None, "newer", "x", "new"]
+
+
+def test_sold_out_items_that_no_sequence_holds_stay_outside():
+    items = pa.table({"item_id": [1, 2, 3, 4], "available": [False, True, None, False]})
+    catalogue = Catalogue.build(pa.array([4]), np.array([9]), items, with_unseen=True)
+    assert catalogue.item_ids.to_pylist() == [2, 3, 4]
+
+
 def test_a_missing_column_is_named_with_those_there_are():
     with pytest.raises(CatalogueError, match="no column 'colour'; it has: item_id, count"):
         make_catalogue().column("colour")

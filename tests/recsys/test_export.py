@@ -2,6 +2,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -79,6 +80,21 @@ def test_export_with_biases_agrees_with_its_model(tmp_path, attention):
     export_onnx(model, tmp_path / MODEL_FILE)
 
     assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0
+
+
+def test_export_of_vectors_made_of_attributes_is_one_gather(fashion_artifact, tmp_path):
+    model = fashion_artifact.load_model()
+    export_onnx(model, tmp_path / MODEL_FILE)
+
+    result = parity(model, tmp_path / MODEL_FILE)
+
+    assert result.overlap == 1.0
+    assert result.max_difference < 1e-4
+    graph = onnx.load(tmp_path / MODEL_FILE).graph
+    shape = [model.items.num_embeddings, model.config.dim]
+    (table,) = [weight.name for weight in graph.initializer if list(weight.dims) == shape]
+    (reader,) = [node.op_type for node in graph.node if table in node.input]
+    assert reader == "Gather"
 
 
 @pytest.mark.slow

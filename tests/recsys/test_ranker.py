@@ -196,3 +196,23 @@ def test_integer_ids_may_come_as_strings():
 
     assert index.encode([10, "20", "x", 30, ""]).tolist() == [2, 3, 0, 0, 0]
     assert index.decode(index.by_count) == [20, 10]
+
+
+@pytest.mark.parametrize("category", range(4))
+def test_an_item_that_nobody_has_touched_is_recommended(fashion, fashion_artifact, category):
+    history = tuple(Event(number) for number in range(category, 32, 4))
+
+    (answer,) = Ranker(fashion_artifact, device="cpu").rank([Query(history, k=3)])
+
+    # Eight of the ten items of the category are seen; the ninth is warm and 36 to 39 are cold.
+    assert set(answer.item_ids[:2]) == {32 + category, 36 + category}
+
+
+def test_a_history_of_nothing_but_a_cold_item_is_understood(fashion_artifact):
+    ranker = Ranker(fashion_artifact, device="cpu")
+
+    (answer,) = ranker.rank([Query((Event(37),), k=5)])
+
+    assert {item_id % 4 for item_id in answer.item_ids} == {1}
+    (similar,) = ranker.similar([SimilarQuery(37, k=5)])
+    assert {item_id % 4 for item_id in similar.item_ids} == {1}
