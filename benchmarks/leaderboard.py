@@ -1,7 +1,8 @@
 """Trains the rows of the leader board on the files that papers evaluate on, and writes the table.
 
     python -m benchmarks.leaderboard train ml-1m-sasrec-ce --seed 1
-    python -m benchmarks.leaderboard baselines ml-1m
+    python -m benchmarks.leaderboard compare globo-context globo-bare --seed 1
+    python -m benchmarks.leaderboard baselines ml-1m.txt
     python -m benchmarks.leaderboard table
 
 Rows stand in `leaderboard.toml`. The epoch is chosen by NDCG@10 on the validation targets of all
@@ -27,9 +28,10 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.measure import machine
 from benchmarks.published import DATASETS, NO_CONTEXT, Dataset, read_dataset
 from recsys.baselines import BASELINES, EASE, make_baselines
+from recsys.comparison import compare
 from recsys.context import NO_TIME, ContextConfig
 from recsys.interactions import training_counts
-from recsys.leaderboard import Row, hash_targets, measure
+from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
@@ -93,6 +95,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     load_checkpoint(folder / "best", trainer)
     targets = choose_targets(dataset, entry.max_users)
     rows = measure_model(trainer.model, dataset, targets)
+    np.save(folder / "ranks.npy", rows[0].ranking.ranks_N)
     best = history[trainer.best_epoch - 1]
     found = {
         "row": name,
@@ -151,6 +154,30 @@ def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> 
     return [_measure(scorer, dataset, users) for scorer in scorers]
 
 
+def compare_trainings(name: str, other: str, seed: int) -> dict[str, Any]:
+    """Two rows with the same seed, paired by user. Raises: FileNotFoundError before both are
+    trained, ValueError when they have other targets.
+    """
+    results = [json.loads((RESULTS / f"{row}-{seed}.json").read_text()) for row in (name, other)]
+    if results[0]["targets_sha256"] != results[1]["targets_sha256"]:
+        raise ValueError(
+            f"{name} and {other} rank other test targets; compare rows of one data set."
+        )
+    ranks = [np.load(_home() / f"{row}-{seed}" / "ranks.npy") for row in (name, other)]
+    found = {
+        "row": name,
+        "against": other,
+        "seeds": seed,
+        **{key: results[0][key] for key in ("dataset", "protocol", "targets_sha256")},
+        **{
+            metric: comparison_facts(compare(*ranks, metric=metric))
+            for metric in ("HR@10", "NDCG@10")
+        },
+    }
+    _keep(f"compare-{name}-{other}-{seed}", found)
+    return found
+
+
 def measure_baselines(
     name: str, cut: tuple[float, float] | None, max_users: int = 20_000
 ) -> dict[str, Any]:
@@ -166,7 +193,7 @@ def measure_baselines(
         _measure(baseline.fit(dataset.store, dataset.split, num_rows), dataset, users)
         for baseline in make_baselines(names)
     ]
-    found = {"machine": machine(), **_facts(dataset, users, rows)}
+    found = {"baselines": name, "machine": machine(), **_facts(dataset, users, rows)}
     _keep(f"baselines-{name}{'-cut' if cut else ''}", found)
     return found
 
@@ -181,7 +208,7 @@ def render(found: list[dict[str, Any]]) -> str:
 
 
 def _render_section(results: list[dict[str, Any]]) -> str:
-    some = results[0]
+    some = next(result for result in results if "test" in result)
     (sha256,) = {result["targets_sha256"] for result in results}
     facts = (
         f"{some['num_users']:,} test users, {some['num_items']:,} items. sha256 of the test pairs: "
@@ -195,21 +222,39 @@ def _render_section(results: list[dict[str, Any]]) -> str:
     for seeds in sorted(by_row.values(), key=_mean_ndcg, reverse=True):
         rows += [_row(seeds, knowing) for knowing in seeds[0]["test"]]
     commands = [f"python -m benchmarks.leaderboard train {row} --seed 1" for row in by_row]
+    notes = []
     for result in results:
-        if "seed" not in result:
+        if "against" in result:
+            notes.append(_note(result))
+            commands.append(
+                f"python -m benchmarks.leaderboard compare {result['row']} {result['against']} "
+                f"--seed {result['seeds']}"
+            )
+        elif "baselines" in result:
             tests = result["test"].items()
             rows += [f"| {name} | | {_means([test])} | | | | |" for name, test in tests]
             cut = " --cut 0.8 0.9" if "cut" in result["protocol"] else ""
             commands.append(f"python -m benchmarks.leaderboard baselines {result['dataset']}{cut}")
     title = f"## {some['dataset']}, {some['protocol']}"
-    return "\n".join([title, "", facts, "", *rows, "", "```sh", *commands, "```"])
+    return "\n".join([title, "", facts, "", *rows, "", *notes, "", "```sh", *commands, "```"])
+
+
+def _note(result: dict[str, Any]) -> str:
+    lifts = [
+        f"{metric} {facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
+        for metric, facts in ((metric, result[metric]) for metric in ("HR@10", "NDCG@10"))
+    ]
+    return f"{result['row']} against {result['against']}, paired by user: {', '.join(lifts)}."
 
 
 def _row(seeds: list[dict[str, Any]], knowing: str) -> str:
     first = seeds[0]
     recipe, minutes = first["recipe"], [result["seconds"] / 60 for result in seeds]
     model = recipe["model"]
-    name = recipe["name"] if knowing == "model" else f"{recipe['name']}, {knowing}"
+    fields = first["entry"]["context"]
+    context = ", ".join([*fields["categorical"], *fields["time"]])
+    name = " ".join([recipe["name"], *([f"with {context}"] if context else [])])
+    name += "" if knowing == "model" else f"; {knowing}"
     sizes = f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}"
     best = ", ".join(str(result["best_epoch"]) for result in seeds)
     return (
@@ -304,6 +349,10 @@ def main() -> None:
     baselines = commands.add_parser("baselines")
     baselines.add_argument("dataset", choices=DATASETS)
     baselines.add_argument("--cut", type=float, nargs=2)
+    compares = commands.add_parser("compare")
+    compares.add_argument("row", choices=sorted(read_entries()))
+    compares.add_argument("against", choices=sorted(read_entries()))
+    compares.add_argument("--seed", type=int, default=1)
     commands.add_parser("table")
     arguments = parser.parse_args()
 
@@ -315,6 +364,8 @@ def main() -> None:
                 {key: found[key] for key in ("row", "seed", "best_epoch", "validation", "test")}
             )
         )
+    elif arguments.command == "compare":
+        print(json.dumps(compare_trainings(arguments.row, arguments.against, arguments.seed)))
     elif arguments.command == "baselines":
         print(json.dumps(measure_baselines(arguments.dataset, arguments.cut)["test"]))
     else:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from benchmarks import leaderboard, published
-from benchmarks.leaderboard import Entry, measure_baselines, read_entries, render, train
+from benchmarks.leaderboard import (
+    Entry,
+    compare_trainings,
+    measure_baselines,
+    read_entries,
+    render,
+    train,
+)
 from benchmarks.published import Events
 from recsys.context import NO_TIME
 from recsys.recipe import read_recipe
@@ -71,6 +78,25 @@ def test_a_training_that_was_cut_off_ends_where_an_unbroken_one_ends(circle, mon
     assert [epoch["loss"] for epoch in again["history"]] == [
         epoch["loss"] for epoch in whole["history"]
     ]
+
+
+@pytest.mark.usefixtures("circle")
+def test_two_rows_are_compared_user_by_user(monkeypatch):
+    entries = {"one": _ENTRY, "two": _ENTRY.model_copy(update={"max_epochs": 1})}
+    monkeypatch.setattr(leaderboard, "read_entries", lambda: entries)
+    one, two = (train(name, seed=1, threads=1)["test"]["model"]["HR@10"] for name in entries)
+    found = compare_trainings("one", "two", seed=1)
+    assert found["HR@10"]["difference"] == pytest.approx(one["mean"] - two["mean"])
+
+
+@pytest.mark.usefixtures("circle")
+def test_rows_of_other_targets_are_not_compared(circle):
+    for name, sha256 in (("one", "a"), ("two", "b")):
+        path = circle / f"results/{name}-1.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"targets_sha256": sha256}))
+    with pytest.raises(ValueError, match="one and two rank other test targets"):
+        compare_trainings("one", "two", seed=1)
 
 
 @pytest.mark.usefixtures("circle")
