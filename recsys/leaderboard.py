@@ -20,7 +20,6 @@ from recsys.tokens import TokenStore
 
 HEADLINE = "NDCG@10"
 _COLUMNS = ("", "HR@10", "NDCG@10 (95 %)", "MRR@10", "HR@20", "cover.", "model's lift (95 %)")
-_SCORES_PER_BATCH = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,7 @@ def measure(
 ) -> Row:
     """Ranks the targets and takes every metric; `counts_I` are training events."""
     started = time.perf_counter()
-    batch_size = int(np.clip(_SCORES_PER_BATCH // len(counts_I), 1, 512))
-    ranking = rank_targets(
-        scorer, store, users_N, targets_N, filter_seen=filter_seen, batch_size=batch_size
-    )
+    ranking = rank_targets(scorer, store, users_N, targets_N, filter_seen=filter_seen)
     return Row(
         scorer.name,
         ranking,
