@@ -21,12 +21,11 @@ Series = Mapping[str, tuple[Mapping[str, Facts], str]]
 
 _WIDTH = 7.6
 """Inches, of a page."""
-_MODEL, _BLIND, _STRONGEST, _BASELINE = "#1f5a96", "#8db4d8", "#7d8790", "#c6ccd2"
+_MODEL, _BLIND, _STRONGEST, _BASELINE = "#3674b5", "#9fc0e0", "#8a949d", "#cdd2d7"
 _INK, _FAINT, _GRID = "#2b3138", "#69727b", "#e6e9ec"
 _SIZE = 9
 _MAX_CHARACTERS = 78
 """Labels of more do not stand side by side below an axis."""
-_MAX_COLUMNS = 12
 
 LIST_TITLES = {
     "coverage@10": "coverage",
@@ -62,7 +61,7 @@ def draw_training(history: Sequence[Facts], best_epoch: int) -> Figure:
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_xlabel("epoch", fontsize=_SIZE, color=_FAINT)
         axes.set_xlim(0.5, history[-1]["epoch"] + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
@@ -77,6 +76,7 @@ def draw_rows(rows: Mapping[str, Facts], strongest: str | None) -> Figure:
         for place, one in enumerate(found):
             _write_value(axes, one["high"], place, f"{one['mean']:.4f}")
         axes.set_xlim(0, 1.3 * max(1e-9, *(one["high"] for one in found)))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         _style(axes, f"{metric}, with 95 % interval")
     return figure
 
@@ -100,19 +100,25 @@ def draw_lists(rows: Mapping[str, Facts], strongest: str | None) -> Figure:
 
 
 def draw_slices(
-    title: str, model: Mapping[str, Facts], baseline: Mapping[str, Facts], baseline_name: str | None
+    title: str,
+    model: Mapping[str, Facts],
+    baseline: Mapping[str, Facts],
+    baseline_name: str | None,
+    *,
+    as_lines: bool = False,
 ) -> Figure:
     """NDCG@10 of each part of the users, for the model and the strongest baseline.
 
     Args:
         model: facts of each part, in the order in which they are drawn.
         baseline: the same parts; empty where there was no baseline.
+        as_lines: for many parts that follow each other, such as the hours of a day.
     """
     series = {"model": (model, _MODEL)}
     if baseline_name is not None:
         series[baseline_name] = (baseline, _STRONGEST)
-    widest = max(len(text) for label in model for text in (label, f"{_users(model[label])}"))
-    if len(model) > _MAX_COLUMNS:
+    widest = max(len(text) for label in model for text in (label, _users(model[label])))
+    if as_lines:
         figure = _draw_lines(series, model)
     elif len(model) * (widest + 2) <= _MAX_CHARACTERS:
         figure = _draw_columns(series, model)
@@ -145,7 +151,7 @@ def draw_against(comparisons: Mapping[str, Facts], our_name: str, their_name: st
     axes.axvline(0, color=_FAINT, linewidth=0.8)
     axes.set_yticks(range(len(comparisons)), list(comparisons))
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.08)
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     _style(axes, f"{our_name} minus {their_name}, with 95 % interval")
     return figure
@@ -232,7 +238,7 @@ def _add_intervals(
     axes: Axes, places: Sequence[float], facts: Sequence[Facts], *, is_horizontal: bool
 ) -> None:
     ends = [(one["low"], one["high"]) for one in facts]
-    style: dict[str, Any] = {"color": _INK, "linewidth": 0.9}
+    style: dict[str, Any] = {"color": _INK, "linewidth": 1.1}
     for place, (low, high) in zip(places, ends, strict=True):
         if is_horizontal:
             axes.plot([low, high], [place, place], **style)

@@ -32,7 +32,9 @@ from recsys.metrics import CUTOFFS
 Facts = Mapping[str, Any]
 
 _MODEL = "model"
-_MAX_DRAWN = 24
+_MAX_DRAWN = 15
+_LEAST_DRAWN_USERS = 20
+"""The means of fewer are so far apart that they would set the scale."""
 _SLICE_TITLES = {
     "history_length": "NDCG@10 by events before the target",
     "item_training_events": "NDCG@10 by training events of the target (0: cold items)",
@@ -159,21 +161,23 @@ def _against(evaluation: Facts) -> list[Block]:
     if against is None:
         return []
     ours, theirs = evaluation["run"], against["run"]
-    title = f"{ours} minus {theirs}"
-    comparisons = against["rows"]
-    lines = [
-        (metric, *(_difference(found[metric]) for found in comparisons.values()))
-        for metric in comparisons[_MODEL]
-    ]
+    found = against["rows"][_MODEL]
+    others = {name: rows for name, rows in against["rows"].items() if name != _MODEL}
     return [
         Heading(f"Against the run {theirs}"),
         Text(
             f"{theirs} ({against['recipe']}) ranked the same targets; the two are compared user by "
             "user. Hollow points: 0 lies within the interval."
         ),
-        _picture("against", title, draw_against(comparisons[_MODEL], ours, theirs)),
-        Table(("", *comparisons), lines),
+        _picture("against", f"{ours} minus {theirs}", draw_against(found, ours, theirs)),
+        _against_table(found),
+        *(Details(f"The row {name}", [_against_table(rows)]) for name, rows in others.items()),
     ]
+
+
+def _against_table(comparisons: Facts) -> Table:
+    lines = [(name, _difference(found), _lift(found)) for name, found in comparisons.items()]
+    return Table(("", "difference", "lift"), lines)
 
 
 def _training(facts: Facts) -> list[Block]:
@@ -196,13 +200,14 @@ def _slices(evaluation: Facts) -> list[Block]:
         if len(model) < 2:
             continue  # one part is all users
         title = _SLICE_TITLES.get(name, f"NDCG@10 by {name.replace('_', ' ')}")
-        drawn = _largest(model)
+        is_clock = name == "hour"
+        drawn = model if is_clock else _choose_drawn(model)
         of_baseline = {label: baseline[label] for label in drawn if label in baseline}
-        figure = draw_slices(title, drawn, of_baseline, strongest)
+        figure = draw_slices(title, drawn, of_baseline, strongest, as_lines=is_clock)
         file = re.sub(r"[^\w-]", "_", name)
         blocks.append(_picture(f"slice-{file}", title, figure))
         if len(drawn) < len(model):
-            blocks.append(Text(f"The {len(drawn)} of {len(model)} parts with the most users."))
+            blocks.append(Text(f"Drawn are the {len(drawn)} of {len(model)} with the most users."))
         blocks.append(Details("The figures", [_slice_table(model, baseline, strongest)]))
     return blocks
 
@@ -220,11 +225,14 @@ def _of(label: str, *parts: Facts) -> list[Facts]:
     return [of_row[label] for of_row in parts if label in of_row]
 
 
-def _largest(parts: Facts) -> Facts:
-    """At most as many as a picture holds, in their own order."""
-    least = sorted((found["num_users"] for found in parts.values()), reverse=True)[:_MAX_DRAWN]
-    kept = [label for label, found in parts.items() if found["num_users"] >= least[-1]]
-    return {label: parts[label] for label in kept[:_MAX_DRAWN]}
+def _choose_drawn(parts: Facts) -> Facts:
+    """The parts with the most users, as many as a picture holds, in their own order; two at
+    least.
+    """
+    by_size = sorted(parts, key=lambda label: -parts[label]["num_users"])[:_MAX_DRAWN]
+    large = [label for label in by_size if parts[label]["num_users"] >= _LEAST_DRAWN_USERS]
+    kept = large if len(large) > 1 else by_size
+    return {label: found for label, found in parts.items() if label in kept}
 
 
 def _lists(evaluation: Facts) -> list[Block]:
@@ -249,7 +257,7 @@ def _with_interval(found: Facts) -> str:
 
 
 def _lift(found: Facts) -> str:
-    """Relative where theirs is not 0, with the interval; the difference otherwise."""
+    """Relative to theirs; the difference where that is 0 in a resample."""
     if found["lift"] is None:
         return _difference(found)
     mean, low, high = (100 * found[f"lift{end}"] for end in ("", "_low", "_high"))
@@ -258,8 +266,7 @@ def _lift(found: Facts) -> str:
 
 def _difference(found: Facts) -> str:
     mean, low, high = (found[f"difference{end}"] for end in ("", "_low", "_high"))
-    lift = "" if found["lift"] is None else f", {100 * found['lift']:+.1f} %"
-    return f"{mean:+.4f} [{low:.4f}, {high:.4f}]{lift}"
+    return f"{mean:+.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _date(text: str) -> str:
