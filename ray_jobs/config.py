@@ -141,6 +141,9 @@ class EvaluateConfig(Section):
     of training. False belongs to `train.targets` that come after a view of the same item."""
     max_users: int = Field(20_000, ge=1)
     """At most so many users, a seeded sample, are ranked."""
+    against: str | None = None
+    """Name of another evaluated run that ranked the same targets: the two are compared user by
+    user."""
     baselines: tuple[str, ...] = (
         "popularity",
         "recent-popularity",

@@ -2,13 +2,19 @@
 
     python -m ray_jobs.evaluate --config synthetic --set evaluate.max_users=5000
 
-Writes `evaluation.json` (metrics, paired comparisons, slices, and a table to read) and
-`ranks.parquet` (each target's rank under each row) into the run folder.
+Writes `evaluation.json` (metrics, paired comparisons, slices, and a table to read),
+`ranks.parquet` (each target's rank under each row) and the report (`report.html`, `report.md`,
+`plots/`) into the run folder. `evaluate.against` names another run to compare with, user by user.
 """
 
 import json
 import logging
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,17 +25,23 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
+from ray_jobs.build_sequences import read_stamp
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import Report, main
+from ray_jobs.report import describe_cut, write_report
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.baselines import BASELINES, EASE, make_baselines
+from recsys.catalogue import Catalogue
+from recsys.comparison import find_target_difference
 from recsys.interactions import training_counts
 from recsys.leaderboard import (
     HEADLINE,
     Row,
+    category_codes,
     compare_rows,
+    compare_runs,
     comparison_facts,
     hash_targets,
     measure,
@@ -37,7 +49,7 @@ from recsys.leaderboard import (
     render,
 )
 from recsys.scorer import ModelScorer
-from recsys.slices import slice_labels, slice_ndcg
+from recsys.slices import slice_ndcg, slice_targets
 from recsys.splits import Split, SplitConfig, split_tokens
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
@@ -58,6 +70,26 @@ class Targets:
     targets_N: np.ndarray
     counts_I: np.ndarray
     """Training events of each catalogue row."""
+    catalogue: Catalogue
+
+    @property
+    def where(self) -> tuple[TokenStore, np.ndarray, np.ndarray]:
+        """The arguments that name them."""
+        return self.store, self.users_N, self.targets_N
+
+    def ranks(self, rows: tuple[Row, ...] = ()) -> pa.Table:
+        """See `leaderboard.ranks_table`."""
+        return ranks_table(*self.where, self.catalogue, rows)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An evaluated run that another one is compared with."""
+
+    name: str
+    recipe: str
+    evaluation: dict[str, Any]
+    ranks: pa.Table
 
 
 def run(config: PipelineConfig) -> Report:
@@ -69,71 +101,93 @@ def run(config: PipelineConfig) -> Report:
             f"{', '.join(BASELINES)}."
         )
     finished = open_run(config, config.evaluate.run)
+    rival = open_rival(config)
     sequences = open_sequences(config, finished.facts["sequences_version"])
     tokens = load_tokens(sequences, config, finished.vocabulary)
 
     num_cpus, num_gpus = _largest_worker()
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(evaluate_run)
     try:
-        evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus))
+        evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus, rival))
     except RayTaskError as error:
         # The worker's own error: one sentence, without the worker's traceback in it.
         raise error.cause from error
+    evaluation |= {
+        "sequences_from": read_stamp(sequences),
+        "command": describe_command(sys.orig_argv),
+        "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     pq.write_table(ranks, finished.folder / "ranks.parquet")
     (finished.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
+    write_report(finished.folder, evaluation, finished.facts)
     return _report(finished, evaluation)
 
 
 def evaluate_run(
-    config: PipelineConfig, finished: FinishedRun, tokens: ray.data.Dataset, num_threads: int
+    config: PipelineConfig,
+    finished: FinishedRun,
+    tokens: ray.data.Dataset,
+    num_threads: int,
+    rival: Rival | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """The content of evaluation.json and of ranks.parquet; runs on one worker.
 
-    Raises: JobError when no user has a test event.
+    Raises: JobError when no user has a test event, or when the rival ranked other targets.
     """
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     torch.set_num_threads(num_threads)
-    context = finished.vocabulary.context
     catalogue = finished.vocabulary.catalogue
     # The split that the model was trained with: another one could test on what it has seen.
     split = SplitConfig.model_validate(finished.facts["config"]["split"])
-    store = collect_tokens(tokens, len(context.fields))
-    targets = choose_targets(store, split, catalogue.num_rows, config, finished.targets)
+    store = collect_tokens(tokens, len(finished.vocabulary.context.fields))
+    targets = choose_targets(store, split, catalogue, config, finished.targets)
+    protocol = _describe_protocol(finished, split, targets, config)
+    if rival is not None:
+        _refuse_other_targets(protocol, targets, rival)
 
     names, skipped = _fitting_baselines(config.evaluate.baselines, catalogue.num_items)
     models = _measure_models(finished, targets, config)
     baselines = _measure_baselines(names, targets, config)
+    rows = (*models, *baselines)
     comparisons = compare_rows(models[0], baselines, seed=config.seed)
     blind = compare_rows(models[1], baselines, seed=config.seed)
-    rows = [*models, *baselines]
+    ranks = targets.ranks(rows)
 
-    where = targets.users_N, targets.targets_N
-    labels = slice_labels(store, *where, targets.counts_I, context)
     evaluation = {
-        "run": finished.folder.name,
-        "protocol": split.model_dump(mode="json"),
-        "target_event_types": list(finished.targets_config.event_types),
-        "filter_seen": config.evaluate.filter_seen,
-        "sequences_version": finished.facts["sequences_version"],
-        "seed": config.seed,
-        "num_users": len(targets.users_N),
-        "num_test_users": int((targets.split.test_U >= 0).sum()),
-        "num_items": catalogue.num_items,
-        "targets_sha256": hash_targets(store, *where, catalogue),
+        **protocol,
         "rows": {row.name: row.facts() for row in rows},
         "comparisons": {name: comparison_facts(found) for name, found in comparisons.items()},
         "comparisons_time_blind": {name: comparison_facts(found) for name, found in blind.items()},
         "skipped_baselines": skipped,
-        "slices": slice_ndcg(models[0].ranking.ranks_N, labels, seed=config.seed),
+        **_slice(models[0], baselines, targets, finished, config.seed),
+        "against": None if rival is None else _compare_with(rival, ranks, config.seed),
     }
     table = f"{_caption(evaluation)}\n\n{render(rows, comparisons)}"
-    return evaluation | {"table": table}, ranks_table(store, *where, catalogue, rows)
+    return evaluation | {"table": table}, ranks
+
+
+def open_rival(config: PipelineConfig) -> Rival | None:
+    """The run `evaluate.against`, None where there is none.
+
+    Raises: JobError when it does not exist or was not evaluated.
+    """
+    if config.evaluate.against is None:
+        return None
+    found = open_run(config, config.evaluate.against)
+    recipe = found.facts["recipe"]["name"]
+    return Rival(found.folder.name, recipe, found.evaluation(), found.ranks())
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """The command of this process as it can be given again, without what may be a secret."""
+    secret = re.compile(r"((?:^|=)storage(?:\.options[^=]*)?=).*", re.DOTALL)
+    return shlex.join(["python", *(secret.sub(r"\1***", argument) for argument in argv[1:])])
 
 
 def choose_targets(
     store: TokenStore,
     split_config: SplitConfig,
-    num_rows: int,
+    catalogue: Catalogue,
     config: PipelineConfig,
     target_events: TargetEvents | None = None,
 ) -> Targets:
@@ -146,14 +200,80 @@ def choose_targets(
     if len(users) == 0:
         raise JobError(
             f"No user has a test event under the {split_config.kind} split; users need three "
-            "events, or events on both sides of test_from."
+            "events, or events on both sides of test_from, of the types that train.targets names."
         )
     if len(users) > config.evaluate.max_users:
         generator = np.random.default_rng(config.seed)
         users = np.sort(generator.choice(users, config.evaluate.max_users, replace=False))
-    return Targets(
-        store, split, users, split.test_U[users], training_counts(store, split, num_rows)
-    )
+    counts_I = training_counts(store, split, catalogue.num_rows)
+    return Targets(store, split, users, split.test_U[users], counts_I, catalogue)
+
+
+def _describe_protocol(
+    finished: FinishedRun, split: SplitConfig, targets: Targets, config: PipelineConfig
+) -> dict[str, Any]:
+    """What must be known to repeat the evaluation, and what two of them must share."""
+    return {
+        "run": finished.folder.name,
+        "recipe": finished.facts["recipe"]["name"],
+        "protocol": split.model_dump(mode="json"),
+        "target_event_types": list(finished.targets_config.event_types),
+        "filter_seen": config.evaluate.filter_seen,
+        "sequences_version": finished.facts["sequences_version"],
+        "items_version": finished.facts.get("items_version"),
+        "seed": config.seed,
+        "timezone": finished.vocabulary.context.config.timezone,
+        "num_users": len(targets.users_N),
+        "num_test_users": int((targets.split.test_U >= 0).sum()),
+        "num_items": targets.catalogue.num_items,
+        "targets_sha256": hash_targets(*targets.where, targets.catalogue),
+    }
+
+
+def _refuse_other_targets(protocol: dict[str, Any], targets: Targets, rival: Rival) -> None:
+    theirs = rival.evaluation
+    differences = [
+        f"{name} is {protocol[name]} against {theirs[name]}"
+        for name in ("num_items", "filter_seen", "target_event_types")
+        if protocol[name] != theirs.get(name, [])
+    ]
+    other_targets = find_target_difference(targets.ranks(), rival.ranks)
+    if other_targets is not None:
+        differences.append(other_targets)
+    if differences:
+        raise JobError(
+            f"The run {protocol['run']} cannot be compared with {rival.name}: "
+            f"{' and '.join(differences)}; evaluate both on the same sequences, with the same "
+            "split, seed, evaluate.max_users and evaluate.filter_seen."
+        )
+
+
+def _compare_with(rival: Rival, ranks: pa.Table, seed: int) -> dict[str, Any]:
+    """Difference and lift of both rows of the model against the same rows of the rival."""
+    found = compare_runs(ranks, rival.ranks, (MODEL, TIME_BLIND), seed=seed)
+    return {
+        "run": rival.name,
+        "recipe": rival.recipe,
+        "rows": {
+            name: {metric: comparison_facts(one) for metric, one in comparisons.items()}
+            for name, comparisons in found.items()
+        },
+    }
+
+
+def _slice(
+    model: Row, baselines: list[Row], targets: Targets, finished: FinishedRun, seed: int
+) -> dict[str, Any]:
+    """NDCG@10 of each kind of target, under the model and under the strongest baseline."""
+    slicings = slice_targets(*targets.where, targets.counts_I, finished.vocabulary.context)
+    strongest = max(baselines, key=lambda row: row.accuracy[HEADLINE].mean, default=None)
+    return {
+        "slices": slice_ndcg(model.ranking.ranks_N, slicings, seed=seed),
+        "strongest_baseline": None if strongest is None else strongest.name,
+        "baseline_slices": {}
+        if strongest is None
+        else slice_ndcg(strongest.ranking.ranks_N, slicings, seed=seed),
+    }
 
 
 def _measure_models(finished: FinishedRun, targets: Targets, config: PipelineConfig) -> list[Row]:
@@ -171,7 +291,7 @@ def _measure_baselines(
     names: tuple[str, ...], targets: Targets, config: PipelineConfig
 ) -> list[Row]:
     baselines = make_baselines(names, recent_days=config.evaluate.recent_days, seed=config.seed)
-    num_rows = len(targets.counts_I)
+    num_rows = targets.catalogue.num_rows
     return [
         _measure(baseline.fit(targets.store, targets.split, num_rows), targets, config)
         for baseline in baselines
@@ -181,12 +301,11 @@ def _measure_baselines(
 def _measure(scorer: Any, targets: Targets, config: PipelineConfig) -> Row:
     row = measure(
         scorer,
-        targets.store,
-        targets.users_N,
-        targets.targets_N,
+        *targets.where,
         targets.counts_I,
         filter_seen=config.evaluate.filter_seen,
         seed=config.seed,
+        categories_I=category_codes(targets.catalogue),
     )
     log.info("%s: %s %s in %.1f s", row.name, HEADLINE, row.accuracy[HEADLINE], row.seconds)
     return row
@@ -215,10 +334,14 @@ def _largest_worker() -> tuple[int, int]:
 
 def _caption(evaluation: dict[str, Any]) -> str:
     seen = "left out" if evaluation["filter_seen"] else "kept"
+    protocol = evaluation["protocol"]
+    cut = f"{describe_cut(protocol)},\n" if protocol["kind"] == "temporal-cut" else ""
+    types = ", ".join(evaluation["target_event_types"])
     return (
-        f"{evaluation['run']}: {evaluation['protocol']['kind']}, "
-        f"{evaluation['num_users']:,} users, {evaluation['num_items']:,} items,\n"
-        f"full ranking, seen items {seen}; * marks a lift in NDCG@10 that is beyond noise."
+        f"{evaluation['run']}: {protocol['kind']}, "
+        f"{evaluation['num_users']:,} users, {evaluation['num_items']:,} items,"
+        f"{f' targets of type {types},' if types else ''}\n"
+        f"{cut}full ranking, seen items {seen}; * marks a lift in NDCG@10 that is beyond noise."
     )
 
 
@@ -235,6 +358,7 @@ def _report(finished: FinishedRun, evaluation: dict[str, Any]) -> Report:
             found["difference_low"] > 0 for found in comparisons.values()
         ),
         "path": str(finished.folder / "evaluation.json"),
+        "report": str(finished.folder / "report.html"),
     }
     headline = f"NDCG@10 {figures['ndcg10']:.4f} on {figures['users']:,} test users"
     if comparisons:
@@ -242,6 +366,10 @@ def _report(finished: FinishedRun, evaluation: dict[str, Any]) -> Report:
         figures["best_baseline"] = best
         figures["best_baseline_ndcg10"] = rows[best][HEADLINE]["mean"]
         headline += f", {comparisons[best]['difference']:+.4f} against {best}"
+    if evaluation["against"]:
+        found = evaluation["against"]["rows"][MODEL][HEADLINE]
+        figures["against"] = evaluation["against"]["run"]
+        figures |= {key: found[key] for key in ("difference", "difference_low", "difference_high")}
     return Report("evaluate", headline, figures)
 
 

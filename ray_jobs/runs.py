@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.sequences_reader import Vocabulary
@@ -42,11 +45,18 @@ class FinishedRun:
 
     def evaluation(self) -> dict[str, Any]:
         """What `ray_jobs.evaluate` wrote. Raises JobError when it has not run."""
-        path = self.folder / "evaluation.json"
+        content: dict[str, Any] = json.loads(self._evaluated("evaluation.json").read_text())
+        return content
+
+    def ranks(self) -> pa.Table:
+        """Each target's rank under each row. Raises JobError when the run was not evaluated."""
+        return pq.read_table(self._evaluated("ranks.parquet"))
+
+    def _evaluated(self, name: str) -> Path:
+        path = self.folder / name
         if not path.exists():
             raise JobError(f"The run {self.folder.name} was not evaluated; run ray_jobs.evaluate.")
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        return path
 
 
 def open_run(config: PipelineConfig, name: str | None) -> FinishedRun:

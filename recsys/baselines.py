@@ -69,11 +69,12 @@ class RecentPopularity:
         is_recent_T = find_recent(store.timestamps_T[positions_T], self._days)
         recent_T = store.items_T[positions_T[is_recent_T]]
         all_I = training_counts(store, split, num_rows)
-        self._scores_I = np.bincount(recent_T, minlength=num_rows) + all_I / (all_I.max() + 1)
+        scores_I = np.bincount(recent_T, minlength=num_rows) + all_I / (all_I.max() + 1)
+        self._scores_I = scores_I.astype(np.float32)
         return self
 
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
-        return _finished(np.repeat(self._scores_I[None].astype(np.float32), len(users_B), axis=0))
+        return _finished(np.repeat(self._scores_I[None], len(users_B), axis=0))
 
 
 class Covisitation:
@@ -104,7 +105,7 @@ class Covisitation:
         starts_B = np.maximum(store.offsets_U[users_B], targets_B - RECENT_EVENTS)
         num_rows = len(self._tie_break_I)
         recent_BI = event_matrix(store, starts_B, targets_B, num_rows, decay=DECAY)
-        return _finished((recent_BI @ self._similarity_II).toarray() + self._tie_break_I)
+        return _finished(_dense(recent_BI @ self._similarity_II, self._tie_break_I))
 
 
 class ItemKNN:
@@ -140,7 +141,7 @@ class ItemKNN:
 
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
         history_BI = _histories(store, users_B, targets_B, len(self._tie_break_I))
-        return _finished((history_BI @ self._similarity_II).toarray() + self._tie_break_I)
+        return _finished(_dense(history_BI @ self._similarity_II, self._tie_break_I))
 
 
 class ALS:
@@ -254,6 +255,13 @@ def _tie_break(store: TokenStore, split: Split, num_rows: int) -> np.ndarray:
     counts_I = training_counts(store, split, num_rows)
     shares_I: np.ndarray = counts_I / max(counts_I.max(), 1)
     return (_TIE_BREAK * shares_I).astype(np.float32)
+
+
+def _dense(scores_BI: sparse.csr_array, tie_break_I: np.ndarray) -> np.ndarray:
+    """Their sum, fp32 `[B, I]`, without a second matrix of that size."""
+    dense_BI: np.ndarray = scores_BI.toarray()
+    dense_BI += tie_break_I
+    return dense_BI
 
 
 def _finished(scores_BI: np.ndarray) -> Tensor:

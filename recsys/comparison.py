@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.metrics import Interval, accuracy, resampled_means
 
@@ -61,6 +63,45 @@ def compare(
     if their_R.min() == 0:
         return Comparison(metric, difference, None)
     return Comparison(metric, difference, _interval(our_mean / their_mean - 1, our_R / their_R - 1))
+
+
+def find_target_difference(ours: pa.Table, theirs: pa.Table) -> str | None:
+    """What keeps two runs from being compared, in words; None where they rank the same targets.
+
+    Both tables have the columns user_id and item_id, a row a user, in any order.
+    """
+    rows = _match_users(ours, theirs)
+    if rows.null_count or len(ours) != len(theirs):
+        return (
+            f"{len(ours):,} users are ranked against {len(theirs):,}, and "
+            f"{len(ours) - rows.null_count:,} of them are the same"
+        )
+    differs = pc.not_equal(_as_text(ours, "item_id"), _as_text(theirs, "item_id").take(rows))
+    num_others = pc.sum(differs).as_py()
+    if num_others:
+        return f"{num_others:,} of the {len(ours):,} users stand before another item"
+    return None
+
+
+def align_ranks(ours: pa.Table, theirs: pa.Table, column: str) -> np.ndarray:
+    """Their ranks in the order of our users, int32 `[N]`.
+
+    Raises: ValueError when the targets differ.
+    """
+    difference = find_target_difference(ours, theirs)
+    if difference:
+        raise ValueError(f"Two runs are compared on the same targets alone: {difference}.")
+    ranks: np.ndarray = theirs[column].to_numpy()[_match_users(ours, theirs).to_numpy()]
+    return ranks
+
+
+def _match_users(ours: pa.Table, theirs: pa.Table) -> pa.Array:
+    """Row of `theirs` for each row of `ours`, null where the user is not there."""
+    return pc.index_in(_as_text(ours, "user_id"), _as_text(theirs, "user_id"))
+
+
+def _as_text(table: pa.Table, column: str) -> pa.Array:
+    return table[column].combine_chunks().cast(pa.string())
 
 
 def _interval(estimate: float, resamples_R: np.ndarray) -> Interval:

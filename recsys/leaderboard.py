@@ -12,15 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.catalogue import Catalogue
-from recsys.comparison import Comparison, compare
+from recsys.catalogue import NUM_SPECIAL, Catalogue
+from recsys.comparison import Comparison, align_ranks, compare
 from recsys.evaluation import Ranking, Scorer, rank_targets
-from recsys.metrics import Interval, accuracy_intervals, list_quality
+from recsys.metrics import METRICS, Interval, accuracy_intervals, list_quality
 from recsys.tokens import TokenStore
 
 HEADLINE = "NDCG@10"
 _COLUMNS = ("", "HR@10", "NDCG@10 (95 %)", "MRR@10", "HR@20", "cover.", "model's lift (95 %)")
-_SCORES_PER_BATCH = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,18 @@ def measure(
     *,
     filter_seen: bool = True,
     seed: int = 0,
+    categories_I: np.ndarray | None = None,
 ) -> Row:
-    """Ranks the targets and takes every metric; `counts_I` are training events."""
+    """Ranks the targets and takes every metric; `counts_I` are training events, `categories_I` what
+    `category_codes` gives.
+    """
     started = time.perf_counter()
-    batch_size = int(np.clip(_SCORES_PER_BATCH // len(counts_I), 1, 512))
-    ranking = rank_targets(
-        scorer, store, users_N, targets_N, filter_seen=filter_seen, batch_size=batch_size
-    )
+    ranking = rank_targets(scorer, store, users_N, targets_N, filter_seen=filter_seen)
     return Row(
         scorer.name,
         ranking,
         accuracy_intervals(ranking.ranks_N, seed=seed),
-        list_quality(ranking.top_NK, counts_I),
+        list_quality(ranking.top_NK, counts_I, categories_I=categories_I),
         time.perf_counter() - started,
     )
 
@@ -69,6 +68,27 @@ def compare_rows(model: Row, baselines: Sequence[Row], *, seed: int = 0) -> dict
     return {
         row.name: compare(model.ranking.ranks_N, row.ranking.ranks_N, metric=HEADLINE, seed=seed)
         for row in baselines
+    }
+
+
+def compare_runs(
+    ours: pa.Table, theirs: pa.Table, names: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, Comparison]]:
+    """Two runs in every metric of `metrics.accuracy`, for each of the rows `names`.
+
+    Both tables come from `ranks_table`. Raises: ValueError when their targets differ.
+    """
+    return {
+        name: _compare_all(ours[name].to_numpy(), align_ranks(ours, theirs, name), seed)
+        for name in names
+    }
+
+
+def _compare_all(
+    our_ranks_N: np.ndarray, their_ranks_N: np.ndarray, seed: int
+) -> dict[str, Comparison]:
+    return {
+        metric: compare(our_ranks_N, their_ranks_N, metric=metric, seed=seed) for metric in METRICS
     }
 
 
@@ -83,13 +103,24 @@ def comparison_facts(comparison: Comparison) -> dict[str, Any]:
     return {**facts, "is_significant": comparison.is_significant}
 
 
+def category_codes(catalogue: Catalogue) -> np.ndarray | None:
+    """A code for the category of each catalogue row, -1 without one, int32 `[I]`; None where the
+    catalogue has no such column.
+    """
+    if "category" not in catalogue.table.column_names:
+        return None
+    codes = catalogue.column("category").dictionary_encode().indices
+    none = np.full(NUM_SPECIAL, -1, np.int32)
+    return np.concatenate([none, pc.fill_null(codes, -1).to_numpy(zero_copy_only=False)])
+
+
 def hash_targets(
     store: TokenStore, users_N: np.ndarray, targets_N: np.ndarray, catalogue: Catalogue
 ) -> str:
     """sha256 of the sorted lines `user_id<tab>item_id`; equal hashes mean equal targets."""
-    user_ids = store.user_ids.take(pa.array(users_N)).cast(pa.string())
-    item_ids = catalogue.decode(store.items_T[targets_N]).cast(pa.string())
-    lines = pc.binary_join_element_wise(user_ids, item_ids, "\t").to_pylist()
+    targets = ranks_table(store, users_N, targets_N, catalogue)
+    ids = (targets[name].cast(pa.string()) for name in ("user_id", "item_id"))
+    lines = pc.binary_join_element_wise(*ids, "\t").to_pylist()
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -98,7 +129,7 @@ def ranks_table(
     users_N: np.ndarray,
     targets_N: np.ndarray,
     catalogue: Catalogue,
-    rows: Sequence[Row],
+    rows: Sequence[Row] = (),
 ) -> pa.Table:
     """user_id, item_id and each row's rank: what a later paired comparison needs."""
     columns = {

@@ -11,6 +11,8 @@ import numpy as np
 from recsys.catalogue import NUM_SPECIAL, PAD
 
 CUTOFFS = (5, 10, 20)
+METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS)
+"""The names of `accuracy`."""
 _CELLS_PER_DRAW = 4_000_000
 
 
@@ -86,30 +88,68 @@ def resampled_means(
     return np.concatenate(means)
 
 
-def list_quality(top_NK: np.ndarray, counts_I: np.ndarray, *, k: int = 10) -> dict[str, float]:
+def list_quality(
+    top_NK: np.ndarray,
+    counts_I: np.ndarray,
+    *,
+    k: int = 10,
+    categories_I: np.ndarray | None = None,
+) -> dict[str, float]:
     """What the lists of `k` are like, whether or not they hit.
 
     coverage: share of the catalogue that appears in at least one list.
+    gini: inequality of how often each item of the catalogue appears, 0 where all appear equally
+        often and towards 1 where few take everything.
     novelty: mean self-information of a recommended item in bits, `-log2` of its share of the
         training events, each item's count raised by one.
     popularity: mean percentile of a recommended item by training events, 0.5 for random lists and
         towards 1 for the most popular; items with equal counts share their mean percentile.
+    diversity: mean share of the pairs in a list whose categories differ; only with `categories_I`.
 
     Args:
         top_NK: items, best first; PAD where a list ends early.
         counts_I: training events of each catalogue row.
+        categories_I: a code for each catalogue row, -1 where the category is not known.
     """
-    shown = top_NK[:, :k].ravel()
-    shown = shown[shown != PAD] - NUM_SPECIAL
+    lists_NK = top_NK[:, :k]
+    shown = lists_NK[lists_NK != PAD] - NUM_SPECIAL
     counts = counts_I[NUM_SPECIAL:]
-    if len(shown) == 0:
-        return {f"coverage@{k}": 0.0, f"novelty@{k}": 0.0, f"popularity@{k}": 0.0}
-    surprise = -np.log2((counts + 1) / (counts.sum() + len(counts)))
-    return {
-        f"coverage@{k}": len(np.unique(shown)) / len(counts),
-        f"novelty@{k}": float(surprise[shown].mean()),
-        f"popularity@{k}": float(_percentiles(counts)[shown].mean()),
-    }
+    found = dict.fromkeys(("coverage", "gini", "novelty", "popularity"), 0.0)
+    if len(shown):
+        surprise = -np.log2((counts + 1) / (counts.sum() + len(counts)))
+        exposures = np.bincount(shown, minlength=len(counts))
+        found = {
+            "coverage": np.count_nonzero(exposures) / len(counts),
+            "gini": _gini(exposures),
+            "novelty": float(surprise[shown].mean()),
+            "popularity": float(_percentiles(counts)[shown].mean()),
+        }
+    if categories_I is not None:
+        codes_NK = np.where(lists_NK == PAD, -1, categories_I[lists_NK])
+        found["diversity"] = _mean_share_of_different_pairs(codes_NK)
+    return {f"{name}@{k}": value for name, value in found.items()}
+
+
+def _gini(counts: np.ndarray) -> float:
+    """Half the mean difference of two counts, relative to the mean count."""
+    ranks = np.arange(1, len(counts) + 1)
+    n = len(counts)
+    return float((2 * ranks - n - 1) @ np.sort(counts) / (n * counts.sum()))
+
+
+def _mean_share_of_different_pairs(codes_NK: np.ndarray) -> float:
+    """Over the lists with two known codes at least; 0 without any."""
+    pairs_N = np.zeros(len(codes_NK), np.int64)
+    different_N = np.zeros(len(codes_NK), np.int64)
+    for distance in range(1, codes_NK.shape[1]):
+        left, right = codes_NK[:, :-distance], codes_NK[:, distance:]
+        is_pair = (left >= 0) & (right >= 0)
+        pairs_N += is_pair.sum(axis=1)
+        different_N += (is_pair & (left != right)).sum(axis=1)
+    has_pair_N = pairs_N > 0
+    if not has_pair_N.any():
+        return 0.0
+    return float((different_N[has_pair_N] / pairs_N[has_pair_N]).mean())
 
 
 def _percentiles(counts: np.ndarray) -> np.ndarray:

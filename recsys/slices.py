@@ -1,7 +1,7 @@
 """The same metric for kinds of users and requests: where a model is good and where it is not."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,54 +12,93 @@ from recsys.tokens import TokenStore
 
 _HISTORY_EDGES = (1, 5, 10, 20, 50, 100)
 _POPULARITY_EDGES = (0, 1, 10, 100, 1000)
-_SLICED_FIELDS = ("segment", "device")
+_HOUR_US = 3_600_000_000
+_PAUSES_US = {
+    "under 1 min": 0,
+    "1-10 min": _HOUR_US // 60,
+    "10-60 min": _HOUR_US // 6,
+    "1-24 h": _HOUR_US,
+    "1-7 days": 24 * _HOUR_US,
+    "over 7 days": 7 * 24 * _HOUR_US,
+}
+_HOURS = tuple(f"{hour:02d}" for hour in range(24))
+_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-def slice_labels(
+@dataclass(frozen=True)
+class Slicing:
+    """One way to divide N targets."""
+
+    names: tuple[str, ...]
+    """In the order in which they are shown."""
+    codes_N: np.ndarray
+    """Index of each target's name."""
+
+
+def slice_targets(
     store: TokenStore,
     users_N: np.ndarray,
     targets_N: np.ndarray,
     counts_I: np.ndarray,
     context: ContextEncoder,
-) -> dict[str, np.ndarray]:
-    """A label for each target, object `[N]`, by events before it, by training events of its item
-    (0: a cold item), and by segment and device where these are context fields.
+) -> dict[str, Slicing]:
+    """Targets by events before them, by training events of their item (0: a cold item), by the time
+    since the event before, and by each context field of the request: hour and weekday on the shop's
+    clock, device, segment and whatever else the encoder knows.
     """
-    labels = {
-        "history_length": _label_ranges(targets_N - store.offsets_U[users_N], _HISTORY_EDGES),
-        "item_training_events": _label_ranges(
-            counts_I[store.items_T[targets_N]], _POPULARITY_EDGES
+    pauses_us = store.timestamps_T[targets_N] - store.timestamps_T[targets_N - 1]
+    slicings = {
+        "history_length": _by_range(targets_N - store.offsets_U[users_N], _HISTORY_EDGES),
+        "item_training_events": _by_range(counts_I[store.items_T[targets_N]], _POPULARITY_EDGES),
+        "time_since_last_event": Slicing(
+            tuple(_PAUSES_US), _range_of(np.maximum(pauses_us, 0), tuple(_PAUSES_US.values()))
         ),
     }
-    for name in _SLICED_FIELDS:
-        if name in context.fields:
-            values = np.array(["unknown", *context.vocabularies[name]], object)
-            codes_N = store.context_TF[targets_N, context.fields.index(name)]
-            labels[name] = values[np.where(codes_N < len(values), codes_N, UNKNOWN)]
-    return labels
+    clocks = {"hour": _HOURS, "weekday": _WEEKDAYS}
+    for f, name in enumerate(context.fields):
+        values = clocks.get(name) or context.vocabularies.get(name)
+        if values is not None:
+            slicings[name] = _by_code(store.context_TF[targets_N, f], values)
+    return slicings
 
 
 def slice_ndcg(
-    ranks_N: np.ndarray, labels: Mapping[str, np.ndarray], *, k: int = 10, seed: int = 0
+    ranks_N: np.ndarray, slicings: Mapping[str, Slicing], *, k: int = 10, seed: int = 0
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """NDCG@k of each label of each slicing: number of users, mean, and 95 % interval."""
+    """NDCG@k of each part of each slicing that has a target: number of users, mean, and 95 %
+    interval, in the order of the names.
+    """
     values_N = ndcg(ranks_N, k)
     return {
-        name: {
-            str(label): {
-                "num_users": int((labels_N == label).sum()),
-                **asdict(interval(values_N[labels_N == label], seed=seed)),
-            }
-            for label in dict.fromkeys(labels_N.tolist())
+        title: {
+            slicing.names[code]: _facts(values_N[slicing.codes_N == code], seed)
+            for code in np.unique(slicing.codes_N)
         }
-        for name, labels_N in labels.items()
+        for title, slicing in slicings.items()
     }
 
 
-def _label_ranges(numbers: np.ndarray, edges: tuple[int, ...]) -> np.ndarray:
+def _facts(values_N: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"num_users": len(values_N), **asdict(interval(values_N, seed=seed))}
+
+
+def _by_range(numbers_N: np.ndarray, edges: tuple[int, ...]) -> Slicing:
     upper = [*(edge - 1 for edge in edges[1:]), None]
     names = [
         f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
         for low, high in zip(edges, upper, strict=True)
     ]
-    return np.array(names, object)[np.searchsorted(edges, numbers, side="right") - 1]
+    return Slicing(tuple(names), _range_of(numbers_N, edges))
+
+
+def _range_of(numbers_N: np.ndarray, edges: tuple[int, ...]) -> np.ndarray:
+    return np.searchsorted(edges, numbers_N, side="right") - 1
+
+
+def _by_code(codes_N: np.ndarray, values: tuple[str, ...]) -> Slicing:
+    """By a context field, whose code 0 means unknown; that comes last unless it is a value too."""
+    names = tuple(dict.fromkeys((*values, "unknown")))
+    is_known_N = (codes_N != UNKNOWN) & (codes_N <= len(values))
+    return Slicing(
+        names, np.where(is_known_N, codes_N.astype(np.int64) - 1, names.index("unknown"))
+    )

@@ -38,6 +38,12 @@ def test_imports_go_one_way(package):
     assert not wrong
 
 
+def test_only_the_pictures_of_the_report_need_matplotlib():
+    files = [path for package in OURS for path in (ROOT / package).rglob("*.py")]
+    users = [path.name for path in files if "matplotlib" in _imported(path)]
+    assert users == ["plots.py"]
+
+
 def test_cluster_holds_no_python():
     assert not list((ROOT / "cluster").rglob("*.py"))
 

@@ -48,7 +48,14 @@ def write_run(config, shop, name="r1", split=None, targets=None):
         "name": name,
         "seed": 0,
         "config": trained.model_dump(mode="json"),
+        "recipe": {"name": "bert4rec", "model": sizes.model_dump(mode="json")},
         "sequences_version": 1,
+        "items_version": None,
+        "best": {"epoch": 2, "ndcg10": 0.02},
+        "history": [
+            {"epoch": 1, "loss": 3.7, "ndcg10": float("nan")},
+            {"epoch": 2, "loss": 3.6, "ndcg10": 0.02},
+        ],
     }
     (folder / "run.json").write_text(json.dumps(facts))
     (folder.parent / "LATEST").write_text(name)
@@ -106,10 +113,34 @@ def test_the_protocol_is_written_down(evaluated, shop):
     json.dumps(evaluation)
 
 
-def test_slices_add_up_to_all_users(evaluated):
+@pytest.mark.parametrize("slices", ["slices", "baseline_slices"])
+def test_slices_add_up_to_all_users(evaluated, slices):
     evaluation, _ = evaluated
-    for labels in evaluation["slices"].values():
+    assert set(evaluation[slices]) == {
+        "history_length",
+        "item_training_events",
+        "time_since_last_event",
+        *("device", "segment", "event_type", "hour", "weekday"),
+    }
+    for labels in evaluation[slices].values():
         assert sum(part["num_users"] for part in labels.values()) == evaluation["num_users"]
+
+
+def test_the_strongest_baseline_is_sliced_too(evaluated):
+    evaluation, _ = evaluated
+    rows, strongest = evaluation["rows"], evaluation["strongest_baseline"]
+    means = {name: rows[name]["NDCG@10"]["mean"] for name in evaluation["comparisons"]}
+    assert means[strongest] == max(means.values())
+    parts = evaluation["baseline_slices"]["segment"].values()
+    total = sum(part["num_users"] * part["mean"] for part in parts)
+    assert isclose(total / evaluation["num_users"], means[strongest])
+
+
+def test_lists_are_described_by_category_and_exposure(evaluated):
+    evaluation, _ = evaluated
+    for row in evaluation["rows"].values():
+        assert 0 <= row["gini@10"] < 1
+        assert 0 < row["diversity@10"] <= 1
 
 
 def test_the_table_fits_a_terminal(evaluated):
@@ -135,22 +166,23 @@ def test_the_same_seed_evaluates_the_same(tmp_path, shop, evaluated):
 def test_a_sample_is_seeded_and_no_larger_than_asked(shop, tmp_path):
     config = pipeline(tmp_path, max_users=7)
     samples = [
-        evaluate.choose_targets(shop.store, SplitConfig(), shop.catalogue.num_rows, config)
-        for _ in range(2)
+        evaluate.choose_targets(shop.store, SplitConfig(), shop.catalogue, config) for _ in range(2)
     ]
     assert len(samples[0].users_N) == 7
     assert samples[0].users_N.tolist() == samples[1].users_N.tolist()
     assert (np.diff(samples[0].users_N) > 0).all()
 
 
+CUT = SplitConfig(
+    kind="temporal-cut",
+    validation_from=datetime(2025, 10, 11, tzinfo=UTC),
+    test_from=datetime(2025, 10, 13, tzinfo=UTC),
+)
+
+
 def test_the_split_is_the_one_that_trained(tmp_path, shop):
     config = pipeline(tmp_path, baselines=("popularity",))
-    cut = SplitConfig(
-        kind="temporal-cut",
-        validation_from=datetime(2025, 10, 11, tzinfo=UTC),
-        test_from=datetime(2025, 10, 13, tzinfo=UTC),
-    )
-    finished = write_run(config, shop, split=cut)
+    finished = write_run(config, shop, split=CUT)
     evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
     assert evaluation["protocol"]["kind"] == "temporal-cut"
 
@@ -180,6 +212,91 @@ def test_a_run_that_recorded_no_targets_predicts_every_event(tmp_path, shop):
     assert finished.targets is None
 
 
+def test_a_temporal_cut_says_its_dates_and_ranks_recent_popularity(tmp_path, shop):
+    config = pipeline(tmp_path)
+    finished = write_run(config, shop, split=CUT)
+    evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+    assert "training before 2025-10-11 00:00 UTC" in evaluation["table"]
+    assert "test from 2025-10-13 00:00 UTC" in evaluation["table"]
+    assert max(map(len, evaluation["table"].splitlines())) <= 100
+    assert "recent-popularity" in evaluation["rows"]
+
+
+@pytest.fixture
+def rival(tmp_path, shop):
+    """An evaluated run r0 of the same shop."""
+    config = pipeline(tmp_path, baselines=("popularity",))
+    finished = write_run(config, shop, "r0")
+    return finished, evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+
+
+def evaluate_against(rival, config, shop):
+    finished, (evaluation, ranks) = rival
+    (finished.folder / "evaluation.json").write_text(json.dumps(evaluation))
+    pq.write_table(ranks, finished.folder / "ranks.parquet")
+    run = write_run(config, shop)
+    opened = evaluate.open_rival(config)
+    return evaluate.evaluate_run(config, run, Tokens(shop.store), 1, opened)[0]
+
+
+def test_a_run_is_compared_with_another_user_by_user(tmp_path, shop, rival):
+    # r0 had every target one place lower, and its users in another order.
+    finished, (evaluation, ranks) = rival
+    lower = pa.array(ranks["model"].to_numpy() + 1)
+    ranks = ranks.set_column(ranks.schema.get_field_index("model"), "model", lower)
+    ranks = ranks.take(np.random.default_rng(0).permutation(len(ranks)))
+    config = pipeline(tmp_path, baselines=("popularity",), against="r0")
+    found = evaluate_against((finished, (evaluation, ranks)), config, shop)["against"]
+    assert (found["run"], found["recipe"]) == ("r0", "bert4rec")
+    assert found["rows"]["model"]["MRR@20"]["difference_low"] > 0
+    assert found["rows"]["model, time-blind"]["MRR@20"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_users": 7}, r"7 users are ranked against 30, and 7 of them are the same"),
+        ({"filter_seen": False}, "filter_seen is False against True"),
+    ],
+)
+def test_a_run_that_ranked_something_else_is_no_rival(tmp_path, shop, rival, options, reason):
+    config = pipeline(tmp_path, baselines=("popularity",), against="r0", **options)
+    with pytest.raises(JobError, match=f"r1 cannot be compared with r0: {reason}; evaluate both"):
+        evaluate_against(rival, config, shop)
+
+
+def test_a_rival_of_another_split_is_refused_before_anything_is_ranked(
+    tmp_path, shop, rival, monkeypatch
+):
+    monkeypatch.setattr("ray_jobs.evaluate._measure_models", pytest.fail)
+    finished, (evaluation, ranks) = rival
+    others = ranks.set_column(1, "item_id", ranks["item_id"].take(np.arange(len(ranks))[::-1]))
+    config = pipeline(tmp_path, against="r0")
+    with pytest.raises(JobError, match="of the 30 users stand before another item"):
+        evaluate_against((finished, (evaluation, others)), config, shop)
+
+
+def test_a_rival_that_was_not_evaluated_is_named(tmp_path, shop):
+    config = pipeline(tmp_path, against="r0")
+    write_run(config, shop, "r0")
+    with pytest.raises(JobError, match="r0 was not evaluated; run ray_jobs"):
+        evaluate.open_rival(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("train.recipe=sasrec", "train.recipe=sasrec"),
+        ("storage.options.AWS_SECRET_ACCESS_KEY=x", "'storage.options.AWS_SECRET_ACCESS_KEY=***'"),
+        ('storage.options={KEY="x"}', "'storage.options=***'"),
+        ('--set=storage={options={KEY="x"}}', "'--set=storage=***'"),
+    ],
+)
+def test_the_command_is_kept_without_secrets(argument, shown):
+    argv = ["/usr/bin/python3", "-m", "ray_jobs.evaluate", "--set", argument]
+    assert evaluate.describe_command(argv) == f"python -m ray_jobs.evaluate --set {shown}"
+
+
 def test_ease_is_left_out_of_a_large_catalogue_and_named(tmp_path, shop, monkeypatch):
     monkeypatch.setattr("ray_jobs.evaluate.EASE.max_items", 39)
     config = pipeline(tmp_path, baselines=("popularity", "ease"))
@@ -195,7 +312,7 @@ def test_no_test_event_is_an_error(shop, tmp_path):
         test_from=datetime(2030, 1, 2, tzinfo=UTC),
     )
     with pytest.raises(JobError, match="No user has a test event under the temporal-cut split"):
-        evaluate.choose_targets(shop.store, late, shop.catalogue.num_rows, pipeline(tmp_path))
+        evaluate.choose_targets(shop.store, late, shop.catalogue, pipeline(tmp_path))
 
 
 def test_an_unknown_baseline_is_named_before_anything_is_read(tmp_path):
@@ -215,6 +332,24 @@ def test_the_job_writes_its_files_into_the_run(tmp_path, shop, ray_cluster):
     assert report.figures["beats_all_baselines"] in (True, False)
     assert report.figures["best_baseline"] in evaluation["comparisons"]
     assert pq.read_table(finished.folder / "ranks.parquet").num_rows == 20
+    assert report.figures["report"] == str(finished.folder / "report.html")
+    text = (finished.folder / "report.md").read_text()
+    assert evaluation["targets_sha256"] in text
+    assert (finished.folder / "plots" / "rows.svg").exists()
+
+
+@pytest.mark.ray
+def test_the_job_compares_two_runs(tmp_path, shop, ray_cluster):
+    config = pipeline(tmp_path, baselines=("popularity",))
+    write_sequences(config, shop)
+    write_run(config, shop, "r0")
+    evaluate.run(config)
+    write_run(config, shop, "r1")
+    report = evaluate.run(pipeline(tmp_path, baselines=("popularity",), against="r0"))
+    assert report.figures["against"] == "r0"
+    assert report.figures["difference"] == 0
+    text = (Path(config.storage.runs_uri) / "r1" / "report.md").read_text()
+    assert "## Against the run r0" in text
 
 
 @pytest.mark.ray

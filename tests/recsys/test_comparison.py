@@ -1,9 +1,12 @@
 """Paired comparisons of two rankings."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from recsys.comparison import compare
+from recsys.comparison import align_ranks, compare, find_target_difference
+
+RANKS = pa.table({"user_id": ["a", "b", "c"], "item_id": [1, 2, 3], "model": [10, 20, 30]})
 
 
 def test_a_ranking_equals_itself():
@@ -62,3 +65,37 @@ def test_other_users_are_an_error():
 def test_an_unknown_metric_is_named():
     with pytest.raises(ValueError, match="no metric 'AUC'"):
         compare(np.array([1]), np.array([1]), metric="AUC")
+
+
+def test_ranks_are_taken_in_the_order_of_our_users():
+    assert align_ranks(RANKS.take([2, 0, 1]), RANKS, "model").tolist() == [30, 10, 20]
+
+
+def test_ids_of_another_type_are_the_same_ids():
+    numbers = pa.table({"user_id": [7, 8], "item_id": ["1", "2"], "model": [3, 4]})
+    texts = pa.table({"user_id": ["8", "7"], "item_id": [2, 1], "model": [5, 6]})
+    assert align_ranks(numbers, texts, "model").tolist() == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "difference"),
+    [
+        (RANKS, None),
+        (RANKS.slice(0, 2), "3 users are ranked against 2, and 2 of them are the same"),
+        (
+            RANKS.set_column(0, "user_id", pa.array(["a", "b", "x"])),
+            "3 users are ranked against 3, and 2 of them are the same",
+        ),
+        (
+            RANKS.set_column(1, "item_id", pa.array([1, 9, 9])),
+            "2 of the 3 users stand before another item",
+        ),
+    ],
+)
+def test_what_differs_is_said(theirs, difference):
+    assert find_target_difference(RANKS, theirs) == difference
+
+
+def test_other_targets_are_not_compared():
+    with pytest.raises(ValueError, match="on the same targets alone: 3 users are ranked against 1"):
+        align_ranks(RANKS, RANKS.slice(0, 1), "model")

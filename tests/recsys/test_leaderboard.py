@@ -10,13 +10,16 @@ from recsys.baselines import Covisitation, Popularity
 from recsys.catalogue import Catalogue
 from recsys.interactions import training_counts
 from recsys.leaderboard import (
+    category_codes,
     compare_rows,
+    compare_runs,
     comparison_facts,
     hash_targets,
     measure,
     ranks_table,
     render,
 )
+from recsys.metrics import METRICS
 
 CATALOGUE = Catalogue(pa.table({"item_id": [10, 20, 30, 40], "count": [1] * 4}))
 
@@ -79,3 +82,19 @@ def test_ranks_are_kept_for_a_later_comparison(targets, rows):
         "covisitation": 1,
         "popularity": 0,
     }
+
+
+def test_runs_are_compared_in_every_metric_user_by_user(targets, rows):
+    store, _, *where = targets
+    table = ranks_table(store, *where, CATALOGUE, rows)
+    theirs = table.rename_columns(["user_id", "item_id", "popularity", "covisitation"])
+    found = compare_runs(table, theirs.take(np.arange(len(table))[::-1]), ["covisitation"])
+    assert set(found["covisitation"]) == set(METRICS)
+    expected = compare_rows(rows[0], rows[1:])["popularity"]
+    assert found["covisitation"]["NDCG@10"] == expected
+
+
+def test_items_without_a_category_have_no_code():
+    table = pa.table({"item_id": [1, 2, 3], "count": [1] * 3, "category": ["x", None, "x"]})
+    assert category_codes(Catalogue(table)).tolist() == [-1, -1, 0, -1, 0]
+    assert category_codes(CATALOGUE) is None

@@ -106,3 +106,33 @@ def test_pads_at_the_end_of_a_list_change_nothing():
     counts_I = np.array([0, 0, 1, 1, 2, 9])
     padded = np.array([[5, 2, PAD, PAD]])
     assert list_quality(padded, counts_I) == list_quality(padded[:, :2], counts_I)
+
+
+def test_equal_exposure_has_no_inequality():
+    counts_I = np.array([0, 0, 1, 2])
+    assert list_quality(np.array([[2, 3], [3, 2]]), counts_I)["gini@10"] == 0
+
+
+def test_gini_is_half_the_mean_difference_over_the_mean():
+    # Shown 3, 1, 0 and 0 times: the six pairs differ by 2, 3, 3, 1, 1 and 0, so the mean over all
+    # 16 ordered ones is 20 / 16; the mean count is 1.
+    counts_I = np.array([0, 0, 1, 1, 1, 1])
+    found = list_quality(np.array([[2], [2], [2], [3]]), counts_I, k=1)
+    assert found["gini@1"] == pytest.approx(20 / 16 / 2)
+
+
+def test_diversity_is_the_share_of_pairs_of_other_categories():
+    categories_I = np.array([-1, -1, 0, 0, 1, -1])
+    lists = np.array([[2, 3, 4], [2, 4, PAD], [2, 5, PAD]])
+    # Two of three pairs, one of one; the third list has one known category and does not count.
+    found = list_quality(lists, np.arange(6), categories_I=categories_I)
+    assert found["diversity@10"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_without_categories_there_is_no_diversity():
+    assert "diversity@10" not in list_quality(np.array([[2, 3]]), np.arange(4))
+
+
+def test_empty_lists_have_figures_too():
+    found = list_quality(np.array([[PAD]]), np.arange(4), categories_I=np.zeros(4, int))
+    assert set(found.values()) == {0.0}

@@ -1,37 +1,90 @@
 """NDCG of kinds of users and requests."""
 
+import dataclasses
 from math import log2
 
 import numpy as np
 import pytest
 
-from recsys.slices import slice_labels, slice_ndcg
+from recsys.context import ContextConfig, ContextEncoder
+from recsys.slices import Slicing, slice_ndcg, slice_targets
 
 
-def test_targets_are_labelled_by_history_item_segment_and_device(shop):
-    store = shop.store
-    users_N = np.array([0, 1])
-    targets_N = store.offsets_U[users_N] + [4, 5]
-    counts_I = np.full(shop.catalogue.num_rows, 12)
-    labels = slice_labels(store, users_N, targets_N, counts_I, shop.context)
-    assert labels["history_length"].tolist() == ["1-4", "5-9"]
-    assert labels["item_training_events"].tolist() == ["10-99", "10-99"]
+@pytest.fixture
+def labels_of(shop):
+    """Labels of targets of the shop, a list a slicing."""
+
+    def label(users, places, counts_I=None, store=shop.store, context=shop.context):
+        users_N = np.array(users)
+        targets_N = store.offsets_U[users_N] + places
+        if counts_I is None:
+            counts_I = np.full(shop.catalogue.num_rows, 12)
+        found = slice_targets(store, users_N, targets_N, counts_I, context)
+        return {
+            title: [slicing.names[code] for code in slicing.codes_N]
+            for title, slicing in found.items()
+        }
+
+    return label
+
+
+def test_targets_are_labelled_by_what_was_known_of_the_request(labels_of):
+    labels = labels_of([0, 1], [4, 5])
+    assert labels["history_length"] == ["1-4", "5-9"]
+    assert labels["item_training_events"] == ["10-99", "10-99"]
     assert set(labels["segment"]) <= {"new", "loyal", "unknown"}
     assert set(labels["device"]) <= {"mobile", "desktop", "unknown"}
+    assert set(labels["event_type"]) <= {"view", "purchase"}
 
 
 @pytest.mark.parametrize(("events", "label"), [(0, "0"), (1, "1-9"), (9, "1-9"), (1000, "1000+")])
-def test_cold_items_have_a_label_of_their_own(shop, events, label):
+def test_cold_items_have_a_label_of_their_own(shop, labels_of, events, label):
     counts_I = np.full(shop.catalogue.num_rows, events)
-    users_N = np.array([0])
-    targets_N = shop.store.offsets_U[users_N] + 1
-    labels = slice_labels(shop.store, users_N, targets_N, counts_I, shop.context)
-    assert labels["item_training_events"].tolist() == [label]
+    assert labels_of([0], [1], counts_I)["item_training_events"] == [label]
 
 
-def test_each_label_has_its_own_mean():
-    labels = {"segment": np.array(["x", "y", "x"], object)}
-    found = slice_ndcg(np.array([1, 99, 2]), labels)["segment"]
+def test_hour_and_weekday_are_those_of_the_shop(make_store, labels_of):
+    # Ten days after Thursday, 1 January 1970, at 23:00 in UTC: a Monday in Berlin.
+    store = make_store([[0, 1]], days=[[0, 10]])
+    timestamps_T = store.timestamps_T + 23 * 3_600_000_000
+    config = ContextConfig(categorical=(), time=("hour", "weekday"), timezone="Europe/Berlin")
+    context = ContextEncoder.learn(config, {})
+    codes_TF = context.encode(timestamps_T, timestamps_T, {})
+    store = dataclasses.replace(store, timestamps_T=timestamps_T, context_TF=codes_TF)
+    labels = labels_of([0], [1], store=store, context=context)
+    assert labels["hour"] == ["00"]
+    assert labels["weekday"] == ["Monday"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "label"),
+    [(0, "under 1 min"), (60, "1-10 min"), (3600, "1-24 h"), (7 * 86_400, "over 7 days")],
+)
+def test_pauses_are_measured_exactly(make_store, labels_of, seconds, label):
+    store = make_store([[0, 1]], days=[[0, seconds / 86_400]])
+    store = dataclasses.replace(store, timestamps_T=np.array([0, seconds * 1_000_000]))
+    context = ContextEncoder.learn(ContextConfig(categorical=(), time=()), {})
+    assert labels_of([0], [1], store=store, context=context)["time_since_last_event"] == [label]
+
+
+def test_unknown_values_share_the_label_of_a_value_unknown(shop, labels_of):
+    counts = {"device": {"unknown": 3, "mobile": 2}}
+    context = ContextEncoder.learn(ContextConfig(categorical=("device",), time=()), counts)
+    codes_TF = np.resize(np.array([0, 1, 2], np.uint8), (shop.store.num_tokens, 1))
+    store = dataclasses.replace(shop.store, context_TF=codes_TF)
+    labels = labels_of([0, 0, 0], [1, 2, 3], store=store, context=context)["device"]
+    assert sorted(labels) == ["mobile", "unknown", "unknown"]
+
+
+def test_each_part_has_its_own_mean():
+    slicing = Slicing(("x", "y"), np.array([0, 1, 0]))
+    found = slice_ndcg(np.array([1, 99, 2]), {"segment": slicing})["segment"]
     assert found["x"]["num_users"] == 2
     assert found["x"]["mean"] == pytest.approx((1 + 1 / log2(3)) / 2)
     assert found["y"]["mean"] == 0
+
+
+def test_parts_come_in_the_order_of_their_names_and_empty_ones_not():
+    slicing = Slicing(("early", "noon", "late"), np.array([2, 0, 2]))
+    found = slice_ndcg(np.array([1, 1, 1]), {"hour": slicing})
+    assert list(found["hour"]) == ["early", "late"]

@@ -1,0 +1,133 @@
+"""Pictures: what they show, and that they can be drawn of anything."""
+
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ray_jobs.plots import (
+    draw_against,
+    draw_lists,
+    draw_rows,
+    draw_slices,
+    draw_training,
+    to_svg,
+)
+
+NAN = float("nan")
+
+
+def fact(mean, num_users=100):
+    return {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean, "num_users": num_users}
+
+
+def row(mean, **lists):
+    return {"NDCG@10": fact(mean), "HR@10": fact(2 * mean), **lists}
+
+
+def texts(figure):
+    figure.draw_without_rendering()
+    return [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+
+
+def test_epochs_without_validation_are_left_out_of_its_curve():
+    history = [
+        {"epoch": 1, "loss": 5.0, "ndcg10": NAN},
+        {"epoch": 2, "loss": 4.0, "ndcg10": 0.1},
+        {"epoch": 3, "loss": 3.0, "ndcg10": NAN},
+        {"epoch": 4, "loss": 2.0, "ndcg10": 0.3},
+    ]
+    loss, validation = draw_training(history, best_epoch=4).axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 5], [2, 4], [3, 3], [4, 2]]
+    assert validation.lines[0].get_xydata().tolist() == [[2, 0.1], [4, 0.3]]
+    assert validation.lines[1].get_xydata().tolist() == [[4, 0.3]]
+
+
+def test_rows_are_bars_from_zero_with_their_intervals():
+    figure = draw_rows({"model": row(0.2), "popularity": row(0.1)}, "popularity")
+    ndcg, hr = figure.axes
+    assert [bar.get_width() for bar in ndcg.patches] == [0.2, 0.1]
+    assert [bar.get_width() for bar in hr.patches] == [0.4, 0.2]
+    assert ndcg.lines[0].get_xdata().tolist() == pytest.approx([0.18, 0.22])
+    assert ndcg.get_xlim()[0] == 0
+    assert ndcg.yaxis_inverted()
+
+
+@pytest.mark.parametrize("names", [("coverage@10", "gini@10"), ("coverage@10", "diversity@10")])
+def test_lists_have_a_panel_for_each_figure_that_there_is(names):
+    rows = {"model": row(0.2, **dict.fromkeys(names, 0.5))}
+    assert len(draw_lists(rows, None).axes) == 2
+
+
+def test_parts_stand_side_by_side_with_their_users():
+    model = {"new": fact(0.2, 1203), "loyal": fact(0.1, 7)}
+    baseline = {"new": fact(0.15), "loyal": fact(0.05)}
+    figure = draw_slices("NDCG@10 by segment", model, baseline, "covisitation")
+    assert texts(figure) == ["new\n1,203", "loyal\n7"]
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [0.2, 0.1, 0.15, 0.05]
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert np.allclose(centres, [-0.2, 0.8, 0.2, 1.2])
+    assert axes.get_ylim()[0] == 0
+
+
+def test_long_names_stand_left_of_lying_bars():
+    model = {f"a segment with a long name, {n}": fact(0.1) for n in range(8)}
+    (axes,) = draw_slices("by segment", model, {}, None).axes
+    assert axes.get_xlim()[0] == 0
+    assert len(axes.get_yticks()) == 8
+
+
+def test_hours_are_lines_above_the_number_of_users():
+    model = {f"{hour:02d}": fact(0.1, hour) for hour in range(24)}
+    gains, users = draw_slices("by hour", model, model, "popularity", as_lines=True).axes
+    assert len(gains.lines) == 2
+    assert gains.get_ylim()[0] == 0
+    assert [bar.get_height() for bar in users.patches] == list(range(24))
+
+
+def test_a_difference_within_noise_is_hollow():
+    found = {
+        metric: {
+            "difference": 0.01,
+            "difference_low": 0.01 - width,
+            "difference_high": 0.01 + width,
+            "is_significant": width < 0.01,
+        }
+        for metric, width in (("HR@10", 0.005), ("NDCG@10", 0.02))
+    }
+    points = [
+        line for line in draw_against(found, "a", "b").axes[0].lines if line.get_marker() == "o"
+    ]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
+
+
+@pytest.mark.parametrize("label", ["$50 to $100", r"\alpha_$x^{", "<b>&amp;</b>", "a -- b"])
+def test_any_label_can_be_drawn(label):
+    parts = {label: fact(0.1), "other": fact(0.2)}
+    ElementTree.fromstring(to_svg(draw_slices(label, parts, parts, "popularity")))
+
+
+def test_nothing_but_zeros_can_be_drawn():
+    zeros = {"a": fact(0.0), "b": fact(0.0)}
+    to_svg(draw_slices("zeros", zeros, zeros, "popularity"))
+    to_svg(draw_rows({"model": row(0.0)}, None))
+
+
+def test_the_same_picture_has_the_same_bytes():
+    history = [{"epoch": 1, "loss": 5.0, "ndcg10": 0.1}]
+    assert to_svg(draw_training(history, 1)) == to_svg(draw_training(history, 1))
+
+
+def test_drawing_leaves_no_figure_and_no_setting_behind():
+    program = """
+import sys, matplotlib
+from ray_jobs.plots import draw_training, to_svg
+before = matplotlib.rcParams.copy()
+to_svg(draw_training([{"epoch": 1, "loss": 5.0, "ndcg10": 0.1}], 1))
+assert matplotlib.rcParams.copy() == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
