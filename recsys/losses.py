@@ -70,17 +70,18 @@ class _FullSoftmax(torch.autograd.Function):
         ones_1M = hidden_MD.new_ones(1, min(block_size, len(targets_M)))
         for start in range(0, len(targets_M), block_size):
             block = slice(start, start + block_size)
-            targets_M1 = targets_M[block, None]
             probs_MI = torch.softmax(torch.addmm(biases_I, hidden_MD[block], vectors_ID.T), dim=1)
-            target_M1 = probs_MI.gather(1, targets_M1).float()
+            wanted = torch.arange(len(probs_MI), device=probs_MI.device), targets_M[block]
+            target_M = probs_MI[wanted].float()
             # Below the smallest number the loss stays at 87; the gradient is right all the same.
-            gains_M1 = target_M1.clamp(min=torch.finfo(torch.float32).tiny).log()
+            gains_M = target_M.clamp(min=torch.finfo(torch.float32).tiny).log()
 
-            grad_MI = probs_MI.scatter_(1, targets_M1, (target_M1 - 1).to(probs_MI.dtype))
+            grad_MI = probs_MI
+            grad_MI[wanted] = (target_M - 1).to(probs_MI.dtype)
             if weights_M is not None:
-                gains_M1 = gains_M1 * weights_M[block, None]
+                gains_M = gains_M * weights_M[block]
                 grad_MI *= weights_M[block, None]
-            loss -= gains_M1.sum()
+            loss -= gains_M.sum()
             # A product with ones sums in fp32, and several times as fast as sum().
             grad_bias_I += (ones_1M[:, : len(grad_MI)] @ grad_MI)[0]
             grad_hidden_MD[block] = grad_MI @ vectors_ID
