@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from recsys.catalogue import MASK, PAD
@@ -29,6 +29,11 @@ class ObjectiveConfig(BaseModel):
     """masked-item: share of the windows in which the last target alone is hidden and nothing stands
     after it, as when recommending.
     """
+    random_share: float = Field(0.0, ge=0, lt=1)
+    """masked-item: share of the hidden positions that show another item instead of the mask, so
+    that what stands at a position is not to be trusted blindly (Devlin et al., 2019)."""
+    kept_share: float = Field(0.0, ge=0, lt=1)
+    """masked-item: share of the hidden positions that show their own item and are scored."""
     recency: float = Field(0.8, gt=0, le=1)
     """recency-sampling: a target is so many times as likely to be drawn as the one after it."""
     target_share: float = Field(0.2, gt=0, lt=1)
@@ -37,6 +42,25 @@ class ObjectiveConfig(BaseModel):
     """Share of the windows whose scored positions know nothing of the request, so that a request
     may bring nothing.
     """
+
+    @model_validator(mode="after")
+    def _has_its_own_parameters(self) -> "ObjectiveConfig":
+        others = self.model_fields_set - _PARAMETERS[self.kind] - {"kind", "context_dropout"}
+        for name in sorted(others):
+            raise ValueError(f"{self.kind} has no {name}; leave it out")
+        if self.random_share + self.kept_share >= 1:
+            raise ValueError(
+                f"random_share {self.random_share} and kept_share {self.kept_share} leave no mask; "
+                "let them add up to less than 1"
+            )
+        return self
+
+
+_PARAMETERS = {
+    "masked-item": {"mask_prob", "last_prob", "random_share", "kept_share"},
+    "next-item": set[str](),
+    "recency-sampling": {"recency", "target_share"},
+}
 
 
 @dataclass(frozen=True)
@@ -247,7 +271,9 @@ def _masked_item(
 
     scored_M = is_masked_BL.flatten().nonzero().squeeze(1)
     return Batch(
-        items_BL=windows.items_BL.masked_fill(is_masked_BL, MASK),
+        items_BL=_corrupt(
+            objective, windows.items_BL, is_masked_BL & ~last_only_B1, generator
+        ).masked_fill(is_masked_BL & last_only_B1, MASK),
         context_BLF=windows.context_BLF.masked_fill(is_masked_BL[..., None] & ~told.fields_B1F, 0),
         request_BLF=torch.zeros_like(windows.context_BLF),
         seconds_BL2=_pair(windows.seconds_BL.masked_fill(is_masked_BL & ~told.time_B1, 0)),
@@ -255,6 +281,22 @@ def _masked_item(
         targets_M=windows.items_BL.flatten()[scored_M],
         weights_M=_take(windows.weights_BL, scored_M),
     )
+
+
+def _corrupt(
+    objective: ObjectiveConfig, items_BL: Tensor, is_hidden_BL: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Items with the mask, another hidden item of the batch, or still their own where hidden."""
+    masked_BL = items_BL.masked_fill(is_hidden_BL, MASK)
+    others, kept = objective.random_share, objective.kept_share
+    if others == kept == 0:
+        return masked_BL
+    hidden_M = items_BL[is_hidden_BL]
+    draws_M = _draw(hidden_M, generator)
+    order_M = torch.randperm(len(hidden_M), generator=generator, device=hidden_M.device)
+    shown_M = torch.where(draws_M < others, hidden_M[order_M], MASK)
+    shown_M = torch.where((draws_M >= others) & (draws_M < others + kept), hidden_M, shown_M)
+    return masked_BL.masked_scatter(is_hidden_BL, shown_M)
 
 
 def _next_item(windows: _Gathered, told: _Told) -> Batch:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pydantic import ValidationError
 
 from recsys.batches import ObjectiveConfig, TargetWeights, Windows, make_batch
 from recsys.catalogue import MASK, PAD
@@ -132,6 +133,42 @@ def test_every_window_scores_one_position_at_least():
     batch = _batch(objective, items, torch.ones(200, 3, 2).long())
     assert len(set((batch.scored_M // 3).tolist())) == 200
     assert (batch.targets_M != PAD).all()
+
+
+def test_hidden_positions_show_the_mask_another_item_or_their_own():
+    items = torch.arange(2, 100_002).view(1000, 100)
+    shares = {"random_share": 0.1, "kept_share": 0.2}
+    objective = ObjectiveConfig(mask_prob=0.5, last_prob=0.0, **shares)
+    batch = _batch(objective, items, torch.ones(1000, 100, 2).long())
+    shown_M = batch.items_BL.flatten()[batch.scored_M]
+    is_masked, is_own = shown_M == MASK, shown_M == batch.targets_M
+    assert is_masked.float().mean().item() == pytest.approx(0.7, abs=0.01)
+    assert is_own.float().mean().item() == pytest.approx(0.2, abs=0.01)
+    others = shown_M[~is_masked & ~is_own]
+    assert len(others.unique()) == len(others)
+    assert set(others.tolist()) <= set(batch.targets_M.tolist())
+    is_scored = torch.zeros(100_000, dtype=torch.bool).scatter(0, batch.scored_M, True)
+    assert torch.equal(batch.items_BL.flatten()[~is_scored], items.flatten()[~is_scored])
+
+
+def test_a_window_that_imitates_a_recommendation_always_shows_the_mask():
+    objective = ObjectiveConfig(last_prob=1.0, random_share=0.5, kept_share=0.4)
+    batch = _batch(objective, torch.arange(2, 402).view(100, 4), torch.ones(100, 4, 2).long())
+    assert (batch.items_BL.flatten()[batch.scored_M] == MASK).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "next-item", "mask_prob": 0.2}, "next-item has no mask_prob; leave it out"),
+        ({"kind": "recency-sampling", "kept_share": 0.1}, "recency-sampling has no kept_share"),
+        ({"recency": 0.5}, "masked-item has no recency"),
+        ({"random_share": 0.5, "kept_share": 0.5}, "0.5 and kept_share 0.5 leave no mask"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ObjectiveConfig(**settings)
 
 
 def test_last_prob_one_imitates_a_recommendation():
