@@ -1,3 +1,5 @@
+"""The items that a model knows: the shop's ids, dense indices, counts and attributes."""
+
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Sequences of all users as flat arrays: tokens and the offsets of users among them."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

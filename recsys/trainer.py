@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys.batches import Batch, TargetWeights, Windows, make_batch
+from recsys.batches import Batch, TargetWeights, make_batch
 from recsys.errors import TrainingError
 from recsys.evaluation import rank_targets
 from recsys.interactions import training_positions
@@ -29,6 +29,7 @@ from recsys.scorer import ModelScorer
 from recsys.splits import Split
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
+from recsys.windows import Windows
 
 log = logging.getLogger(__name__)
 

@@ -1,37 +1,18 @@
-"""Windows, masks and targets."""
+"""Scored positions, masks and targets."""
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
 
-from recsys.batches import ObjectiveConfig, TargetWeights, Windows, make_batch
+from recsys.batches import ObjectiveConfig, TargetWeights, make_batch
 from recsys.catalogue import MASK, PAD
 from recsys.losses import full_softmax
 from recsys.model import ModelConfig, NextItemModel
-from recsys.splits import leave_one_out, whole_sequences
-from recsys.tokens import TokenStore
+from recsys.splits import whole_sequences
+from recsys.windows import Windows
 
 _KNOWN = torch.tensor([True, False])
 _CPU = torch.device("cpu")
-
-
-def _store(lengths):
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    num_tokens = int(offsets[-1])
-    return TokenStore(
-        user_ids=pa.array(range(len(lengths))),
-        offsets_U=offsets,
-        items_T=np.arange(2, 2 + num_tokens, dtype=np.int32),
-        context_TF=np.ones((num_tokens, 2), np.uint8),
-        timestamps_T=np.arange(num_tokens, dtype=np.int64) * 1_000_000,
-    )
-
-
-def _windows(lengths, max_len):
-    store = _store(lengths)
-    return Windows(store, leave_one_out(store.offsets_U), max_len, _CPU)
 
 
 def _purchases(*, view=0.0, purchase=1.0):
@@ -55,54 +36,6 @@ def _batch(objective, items, context, targets=None, generator=None):
     seconds = torch.arange(1, items.shape[1] + 1).expand(items.shape) * (items != PAD)
     generator = generator or _generator()
     return make_batch(objective, items, context, seconds, _KNOWN, generator, targets)
-
-
-def test_validation_and_test_items_are_never_gathered():
-    windows = _windows([6, 5], max_len=50)
-    seen = set()
-    for starts, lengths in windows.batches(2, seed=0):
-        seen |= set(windows.gather(starts, lengths)[0].flatten().tolist())
-    assert seen - {PAD} == {
-        2,
-        3,
-        4,
-        5,
-        8,
-        9,
-        10,
-    }  # tokens 4, 5 and 9, 10 of the users are held back
-
-
-def test_windows_are_padded_on_the_left():
-    windows = _windows([5, 7], max_len=50)
-    items, context, seconds = windows.gather(torch.tensor([0, 5]), torch.tensor([2, 4]))
-    assert items.tolist() == [[PAD, PAD, 2, 3], [7, 8, 9, 10]]
-    assert context[0, :, 0].tolist() == [0, 0, 1, 1]
-    assert seconds.tolist() == [[0, 0, 1, 2], [6, 7, 8, 9]]
-
-
-def test_a_long_sequence_gives_several_windows_that_cover_its_end():
-    windows = _windows([25], max_len=10)  # 23 training events: three windows
-    assert len(windows) == 3
-    (batch,) = windows.batches(3, seed=1)
-    ends = (batch[0] + batch[1]).tolist()
-    assert max(ends) == 23
-    assert all(start >= 0 for start in batch[0].tolist())
-
-
-def test_ranks_share_one_permutation_and_overlap_only_to_fill_the_last_batch():
-    windows = _windows([5] * 8, max_len=10)
-    starts = [
-        torch.cat([batch[0] for batch in windows.batches(2, seed=3, rank=rank, world_size=2)])
-        for rank in (0, 1)
-    ]
-    assert sorted(torch.cat(starts).tolist()) == [0, 5, 10, 15, 20, 25, 30, 35]
-
-
-def test_every_rank_gets_as_many_batches():
-    windows = _windows([5] * 7, max_len=10)
-    counts = [len(list(windows.batches(2, 0, rank=rank, world_size=2))) for rank in (0, 1)]
-    assert counts == [windows.num_batches(2, 2)] * 2 == [2, 2]
 
 
 def test_the_target_is_hidden_from_its_own_position():
@@ -201,13 +134,6 @@ def test_context_dropout_hides_the_time_of_the_request(kind):
     batch = _batch(objective, torch.full((4, 50), 7), torch.zeros(4, 50, 2).long())
     of_request = 1 if kind == "next-item" else 0
     assert not batch.seconds_BL2.flatten(0, 1)[batch.scored_M, of_request].any()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_seed_draws_the_same_epoch(seed):
-    windows = _windows([30, 12, 9, 4], max_len=8)
-    one, two = ([b[0].tolist() for b in windows.batches(3, seed)] for _ in range(2))
-    assert one == two
 
 
 def test_event_types_are_inputs_but_a_request_never_tells_its_own(shop):
@@ -420,12 +346,3 @@ def test_an_imitated_recommendation_ends_at_the_last_target():
     ]
     assert batch.targets_M.tolist() == [4, 7, 13]
     assert batch.context_BLF[0].tolist() == [[0, 0], [1, 1], [1, 1], [2, 0]]
-
-
-def test_users_without_a_target_have_no_window():
-    store = _store([6, 6, 6])
-    is_target = np.zeros(18, bool)
-    is_target[[3, 6]] = True  # the second user's target has nothing before it
-    windows = Windows(store, whole_sequences(store.offsets_U), 10, _CPU, is_target)
-    ((starts, _),) = windows.batches(1, seed=0)
-    assert starts.tolist() == [0]
