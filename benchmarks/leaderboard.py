@@ -27,10 +27,12 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.measure import machine
 from benchmarks.published import DATASETS, NO_CONTEXT, Dataset, read_dataset
+from recsys.attributes import AttributeEncoder, AttributesConfig
 from recsys.baselines import BASELINES, EASE, make_baselines
 from recsys.comparison import compare
 from recsys.context import NO_TIME, ContextConfig
 from recsys.interactions import training_counts
+from recsys.item_table import ItemFeatures
 from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
@@ -63,6 +65,7 @@ class Entry(BaseModel):
 
     dataset: str
     context: ContextConfig = NO_CONTEXT
+    attributes: AttributesConfig = AttributesConfig()
     cut: tuple[float, float] | None = None
     """By time, see `published.read_dataset`; by default the last event of each user tests."""
     recipe: str
@@ -120,7 +123,10 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     """A trainer of an untrained model; every user with a target validates."""
     recipe = read_recipe(entry.recipe, entry.overrides)
     torch.manual_seed(seed)
-    model = NextItemModel(recipe.model, dataset.catalogue.num_rows, dataset.context.sizes)
+    encoder = AttributeEncoder.learn(entry.attributes, dataset.catalogue)
+    features = ItemFeatures.build(dataset.catalogue, encoder)
+    num_rows, sizes = dataset.catalogue.num_rows, dataset.context.sizes
+    model = NextItemModel(recipe.model, num_rows, sizes, features)
     config = TrainerConfig(
         max_epochs=entry.max_epochs, patience=entry.patience, validation_users=entry.max_users
     )
@@ -252,7 +258,10 @@ def _row(seeds: list[dict[str, Any]], knowing: str) -> str:
     recipe, minutes = first["recipe"], [result["seconds"] / 60 for result in seeds]
     model = recipe["model"]
     fields = first["entry"]["context"]
-    context = ", ".join([*fields["categorical"], *fields["time"]])
+    attributes = first["entry"].get("attributes", {"categorical": [], "bands": []})
+    read = [*fields["categorical"], *fields["time"]]
+    read += [*attributes["categorical"], *attributes["bands"]]
+    context = ", ".join(read)
     name = " ".join([recipe["name"], *([f"with {context}"] if context else [])])
     name += "" if knowing == "model" else f"; {knowing}"
     sizes = f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}"

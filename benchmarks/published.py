@@ -2,10 +2,11 @@
 `$NEXTITEM_DATA` in their own order with nothing removed, and a synthetic shop.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ class Events:
     """int64, microseconds; NO_TIME throughout where the file has none."""
     columns: Mapping[str, pa.Array] = field(default_factory=dict)
     """Text of each event that a context may name."""
+    items: pa.Table | None = None
+    """item_id and attributes of the items, where the file's publisher gives any."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def read_dataset(
     return Dataset(
         name,
         "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}",
-        Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], None),
+        Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], events.items),
         encoder,
         TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
         split,
@@ -99,6 +102,15 @@ def read_lists(path: Path) -> Events:
     users_T = np.repeat([line[0] for line in lines], [len(line) - 1 for line in lines])
     items_T = np.concatenate([line[1:] for line in lines])
     return Events(users_T, items_T, np.full(len(items_T), NO_TIME))
+
+
+def read_beauty(folder: Path) -> Events:
+    """S3-Rec's file of Amazon Beauty, with the attributes of its items."""
+    events = read_lists(folder / "Beauty.txt")
+    attributes = json.loads((folder / "Beauty_item2attributes.json").read_text())
+    item_ids = np.unique(events.items_T)
+    items = pa.table({"item_id": item_ids, "attributes": [attributes[str(i)] for i in item_ids]})
+    return replace(events, items=items)
 
 
 def read_ratings(folder: Path) -> Events:
@@ -156,6 +168,7 @@ def _in_order(events: Events) -> Events:
         events.items_T[order],
         events.timestamps_T[order],
         {name: values.take(pa.array(order)) for name, values in events.columns.items()},
+        events.items,
     )
 
 
@@ -190,7 +203,7 @@ def _data(path: str) -> Path:
 DATASETS: Mapping[str, Callable[[], Events]] = {
     "ml-1m.txt": lambda: read_pairs(_data("ml-1m/ml-1m.txt")),
     "ml-1m": lambda: read_ratings(_data("ml-1m")),
-    "beauty": lambda: read_lists(_data("beauty/Beauty.txt")),
+    "beauty": lambda: read_beauty(_data("beauty")),
     "globo": lambda: read_clicks(_data("globo/clicks.parquet")),
     "shop": lambda: make_shop(ShopConfig(num_users=20_000, num_items=1_000), seed=7),
 }
