@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from benchmarks.measure import machine
@@ -34,8 +35,9 @@ from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder, AttributesConfig
 from recsys.baselines import Popularity
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
+from recsys.covisitation import DECAY, RECENT_EVENTS
 from recsys.evaluation import Scorer, rank_targets
-from recsys.interactions import training_counts
+from recsys.interactions import event_matrix, training_counts
 from recsys.item_table import ItemFeatures
 from recsys.metrics import accuracy_intervals
 from recsys.model import NextItemModel
@@ -110,6 +112,32 @@ class AttributePopularity:
         return self._scores_I.repeat(len(users_B), 1)
 
 
+class AttributeProfile:
+    """Cosine between an item's attributes, rare ones counting more (TF-IDF), and the sum of those
+    of the user's last events, with the decay of co-visitation.
+    """
+
+    name = "profile of attributes"
+
+    def __init__(self, task: Task) -> None:
+        codes = AttributeEncoder.learn(task.attributes, task.catalogue).encode(task.catalogue)
+        shape = (task.catalogue.num_rows, codes.num_codes)
+        ones = np.ones(len(codes.codes), np.float32)
+        has_IC = sparse.csr_array((ones, codes.codes, codes.offsets_I), shape=shape)
+        rarity_C = np.log(task.catalogue.num_items / np.maximum(has_IC.sum(0), 1))
+        weights_IC = has_IC * rarity_C
+        norms_I = np.sqrt((weights_IC * weights_IC).sum(1))
+        self._profiles_IC = sparse.csr_array(weights_IC / np.maximum(norms_I, 1e-12)[:, None])
+
+    def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
+        starts_B = np.maximum(store.offsets_U[users_B], targets_B - RECENT_EVENTS)
+        num_rows = self._profiles_IC.shape[0]
+        recent_BI = event_matrix(store, starts_B, targets_B, num_rows, decay=DECAY)
+        scores_BI = (recent_BI @ self._profiles_IC @ self._profiles_IC.T).toarray()
+        scores_BI[:, :NUM_SPECIAL] = -np.inf
+        return torch.from_numpy(scores_BI).float()
+
+
 def main() -> None:
     """Parses, trains, ranks, records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,6 +174,7 @@ def measure(task: Task, minutes: float) -> dict[str, dict[str, Any]]:
         "popularity": figures(popularity, task),
         "popularity of attributes, sum": figures(AttributePopularity(task, "sum"), task),
         "popularity of attributes, mean": figures(AttributePopularity(task, "mean"), task),
+        "profile of attributes": figures(AttributeProfile(task), task),
     }
 
 
