@@ -157,7 +157,7 @@ def _record(runs: dict[str, list[Run]]) -> None:
         "intervals are counted, fitting is not. Memory is that of the process: before it ranks "
         "(libraries, events, weights),",
         "and the peak while it does.",
-        f"{machine()}; torch {metadata.version('torch')}, {torch.get_num_threads()} threads.",
+        f"{machine()}; torch {metadata.version('torch')}, threads: {torch.get_num_threads()}.",
         "",
         "| scorer | users | items | users a block | wall, s (median) | range | users/s "
         "| before, GiB | peak, GiB |",
