@@ -18,9 +18,11 @@ img { max-width: 100%; display: block; margin: .8rem 0; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; margin: .6rem 0 1.2rem; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e6e9ec; text-align: right;
-  font-variant-numeric: tabular-nums; vertical-align: top; }
+  font-variant-numeric: tabular-nums; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
-td:first-child, th:first-child, .words td { text-align: left; overflow-wrap: anywhere; }
+td:first-child, th:first-child, .words td { text-align: left; }
+.words td { white-space: normal; overflow-wrap: anywhere; }
+.words td:first-child { white-space: nowrap; }
 pre { background: #f5f7f8; padding: .8rem; font-size: .82rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 details { margin: .6rem 0; }
@@ -147,7 +149,8 @@ def _html(block: Block) -> str:
             return f"<details><summary>{html.escape(summary)}</summary>\n{inside}</details>"
         case Table(header, rows, is_words):
             kind = ' class="words"' if is_words else ""
-            lines = [_cells("th", header), *(_cells("td", row) for row in rows)]
+            head = [_cells("th", header)] if any(header) else []
+            lines = [*head, *(_cells("td", row) for row in rows)]
             return f"<div><table{kind}>\n" + "\n".join(lines) + "\n</table></div>"
 
 

@@ -133,8 +133,8 @@ def _accuracy(evaluation: Facts) -> list[Block]:
         Heading("Model and baselines"),
         _picture("rows", "NDCG@10 and HR@10 of each row", draw_rows(rows, strongest)),
         Text(
-            "The row model knows the context of the request, its time included; the row model, "
-            "time-blind does not."
+            'The row "model" knows the context of the request, its time included; the row "model, '
+            'time-blind" does not.'
         ),
     ]
     for name, reason in evaluation["skipped_baselines"].items():

@@ -16,7 +16,7 @@ from recsys.tokens import TokenStore
 
 _SCORES_PER_BLOCK = 2**27
 _LARGEST_BLOCK = 512
-_CELLS_PER_STEP = 2**20
+_CELLS_PER_STEP = 2**22
 _CHUNK = 128
 
 
