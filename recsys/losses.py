@@ -148,7 +148,7 @@ def sampled_softmax(
     A negative that equals the target is masked.
     """
     if len(targets_M) == 0:
-        return _nothing(hidden_MD, table_ID)
+        return _nothing(hidden_MD, table_ID, bias_I)
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
     log_expected_MN = negatives.per_position(negatives.log_expected_GN, len(targets_M))
     negative_MN = (negative_MN - log_expected_MN).masked_fill(
@@ -180,7 +180,7 @@ def binary_cross_entropy(
     `beta * softplus(-s)`. A negative that equals the target costs nothing.
     """
     if len(targets_M) == 0:
-        return _nothing(hidden_MD, table_ID)
+        return _nothing(hidden_MD, table_ID, bias_I)
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
     share = min(1.0, negatives.num / max(1, len(table_ID) - NUM_SPECIAL - 1))
     beta = share * (calibration * (1 - 1 / share) + 1 / share)
@@ -248,7 +248,7 @@ def _total(weights_M: Tensor) -> Tensor:
     return weights_M.sum().clamp(min=torch.finfo(weights_M.dtype).tiny)
 
 
-def _nothing(hidden_MD: Tensor, table_ID: Tensor | Rows) -> Tensor:
+def _nothing(hidden_MD: Tensor, table_ID: Tensor | Rows, bias_I: Tensor | Rows) -> Tensor:
     """A zero that every parameter has a part in, so that ranks agree on who has a gradient."""
     padding = torch.tensor([PAD], device=hidden_MD.device)
-    return (hidden_MD.sum() + table_ID[padding].sum() * 0.0).float() * 0.0
+    return 0.0 * (hidden_MD.sum() + table_ID[padding].sum() + bias_I[padding].sum()).float()
