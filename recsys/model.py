@@ -318,7 +318,7 @@ class NextItemModel(nn.Module):
     def scores(self, hidden_BD: Tensor) -> Tensor:
         """Scores `[B, I]`; padding and mask are -inf."""
         table_ID = self.output_table_ID.to(hidden_BD.dtype)
-        scores_BI = (hidden_BD @ table_ID.T).float() + self.output_bias_I
+        scores_BI = (hidden_BD @ table_ID.T).float().add_(self.output_bias_I)
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
 
