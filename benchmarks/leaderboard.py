@@ -73,7 +73,7 @@ class Entry(BaseModel):
     floor: tuple[float, float] | None = None
     aim: tuple[float, float] | None = None
     published: str = ""
-    max_users: int = 20_000
+    max_users: int = 30_000
     """At most so many users, a seeded sample, are validated, and as many are tested."""
     overrides: dict[str, Any] = {}
     patience: int = 1_000
@@ -185,7 +185,7 @@ def compare_trainings(name: str, other: str, seed: int) -> dict[str, Any]:
 
 
 def measure_baselines(
-    name: str, cut: tuple[float, float] | None, max_users: int = 20_000
+    name: str, cut: tuple[float, float] | None, max_users: int = 30_000
 ) -> dict[str, Any]:
     """Every baseline on the test targets of a data set; recent popularity where there are times."""
     dataset = read_dataset(name, cut=cut)
