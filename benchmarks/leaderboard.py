@@ -42,8 +42,8 @@ from recsys.trainer import Trainer, TrainerConfig, load_checkpoint, save_checkpo
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
 
 _HEAD = (
-    "| recipe | width/layers/heads/length | HR@10 (users' 95 %; seeds) | NDCG@10 | seeds "
-    "| best epoch | training | published |"
+    "| row | recipe | width/layers/heads/length | HR@10 | NDCG@10 | seeds | best epoch "
+    "| training | published |"
 )
 _INTRODUCTION = """# Leader board
 
@@ -51,9 +51,11 @@ The whole catalogue is ranked, never a sample; items of the user's history are l
 against us; the epoch is chosen by NDCG@10 on validation targets and test is ranked once, with that
 epoch's weights. Means over seeds; `±` is half of the 95 % interval that a bootstrap over the users
 gives, in brackets the least and the most of the seeds. Every figure of ours comes from a training
-that was run by the commands below, on CPU cores; `leaderboard/` beside this file has each with its
-settings and its curve. "Published" names figures of others under their own protocols.
-"time-blind" is the same weights told nothing of the request."""
+that was run by the commands below, on CPU cores and beside other work, so minutes are an upper
+bound; `leaderboard/` beside this file has each with its settings and its curve. "Published" names
+HR@10 / NDCG@10 of others under their own protocols. "time-blind" is the same weights told nothing
+of the request. In our copy of ml-1m's ratings.dat the times of ratings of 3 and less are
+interpolated; what reads times may profit from that."""
 
 log = logging.getLogger("leaderboard")
 
@@ -238,7 +240,7 @@ def _render_section(results: list[dict[str, Any]]) -> str:
             )
         elif "baselines" in result:
             tests = result["test"].items()
-            rows += [f"| {name} | | {_means([test])} | | | | |" for name, test in tests]
+            rows += [f"| | {name} | | {_means([test])} | | | | |" for name, test in tests]
             cut = " --cut 0.8 0.9" if "cut" in result["protocol"] else ""
             commands.append(f"python -m benchmarks.leaderboard baselines {result['dataset']}{cut}")
     title = f"## {some['dataset']}, {some['protocol']}"
@@ -254,23 +256,28 @@ def _note(result: dict[str, Any]) -> str:
 
 
 def _row(seeds: list[dict[str, Any]], knowing: str) -> str:
-    first = seeds[0]
-    recipe, minutes = first["recipe"], [result["seconds"] / 60 for result in seeds]
-    model = recipe["model"]
-    fields = first["entry"]["context"]
-    attributes = first["entry"].get("attributes", {"categorical": [], "bands": []})
-    read = [*fields["categorical"], *fields["time"]]
-    read += [*attributes["categorical"], *attributes["bands"]]
-    context = ", ".join(read)
-    name = " ".join([recipe["name"], *([f"with {context}"] if context else [])])
-    name += "" if knowing == "model" else f"; {knowing}"
-    sizes = f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}"
+    first, minutes = seeds[0], [result["seconds"] / 60 for result in seeds]
+    model, entry = first["recipe"]["model"], first["entry"]
+    is_told = knowing == "model"
     best = ", ".join(str(result["best_epoch"]) for result in seeds)
-    return (
-        f"| {name} | {sizes} | {_means([result['test'][knowing] for result in seeds])} "
-        f"| {len(seeds)} | {best} of {first['entry']['max_epochs']} "
-        f"| {np.mean(minutes):.0f} min, {first['threads']} thread | {first['entry']['published']} |"
-    )
+    cells = [
+        first["row"],
+        _name(first) if is_told else f"{_name(first)}; {knowing}",
+        f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}",
+        _means([result["test"][knowing] for result in seeds]),
+        str(len(seeds)),
+        f"{best} of {entry['max_epochs']}",
+        f"{np.mean(minutes):.0f} min, {first['threads']} thread",
+        entry["published"] if is_told else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _name(result: dict[str, Any]) -> str:
+    """The recipe and what it reads beside the items."""
+    entry = Entry.model_validate(result["entry"])
+    read = [*entry.context.fields, *entry.attributes.fields]
+    return " with ".join([result["recipe"]["name"], *([", ".join(read)] if read else [])])
 
 
 def _means(tests: list[dict[str, Any]]) -> str:

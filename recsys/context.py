@@ -38,6 +38,10 @@ class ContextConfig(BaseModel):
     timezone: str = "UTC"
     """The shop's own clock, an IANA name; a request may bring its own."""
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.categorical + self.time
+
 
 @dataclass(frozen=True)
 class ContextEncoder:
@@ -63,7 +67,7 @@ class ContextEncoder:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return self.config.categorical + self.config.time
+        return self.config.fields
 
     @property
     def sizes(self) -> tuple[int, ...]:
