@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ray_jobs.job import load_config
+from recsys.recipe import builtin_recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,8 +19,18 @@ def test_the_example_configuration_is_valid(tmp_path):
     assert config.sequences.max_events_per_user == 5000
 
 
+def first_column(section):
+    """Names in the first column of the tables of a section."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+
+
+def test_every_recipe_of_the_table_exists_and_the_other_way_round():
+    assert sorted(first_column("The models")) == builtin_recipes()
+
+
 def test_every_job_of_the_table_exists():
-    jobs = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    jobs = first_column("The jobs")
     assert {"generate", "ingest", "build_sequences", "train", "evaluate", "publish"} <= set(jobs)
     assert [job for job in jobs if not (ROOT / "ray_jobs" / f"{job}.py").exists()] == []
 
