@@ -30,7 +30,8 @@ from recsys.catalogue import NUM_SPECIAL
 from recsys.evaluation import Scorer, block_size
 from recsys.interactions import training_counts
 from recsys.leaderboard import measure
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.scorer import ModelScorer
 from recsys.splits import Split, leave_one_out
 from recsys.tokens import TokenStore

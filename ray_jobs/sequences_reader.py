@@ -17,7 +17,8 @@ from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.item_table import ItemFeatures
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.splits import Split, SplitConfig, can_train, split_offsets
 from recsys.targets import FIELD, TargetsConfig
 from recsys.tokens import TokenStore, list_column

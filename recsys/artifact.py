@@ -30,7 +30,8 @@ from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.errors import ArtifactError, CatalogueError
 from recsys.item_table import ItemFeatures
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recsys.batches import ObjectiveConfig
 from recsys.losses import LossConfig
-from recsys.model import ModelConfig
+from recsys.model_config import ModelConfig
 
 _OBJECTIVES = {
     "bidirectional": ("masked-item",),

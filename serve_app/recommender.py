@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 
 from recsys.artifact import Artifact
+from recsys.blocks import bucket_ages
 from recsys.catalogue import PAD
 from recsys.fallback import Fallback
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
-from recsys.model import ModelConfig, bucket_ages
+from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query, RequestContext, encode_queries
 from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from serve_app.breaker import CircuitBreaker

@@ -17,7 +17,8 @@ from recsys.artifact import publish, save_model
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.fallback import write_fallback
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.registry import promote
 from recsys.splits import leave_one_out
 from recsys.tokens import TokenStore

@@ -18,7 +18,8 @@ from ray_jobs.config import EvaluateConfig, PipelineConfig, StorageConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.runs import open_run
 from recsys.artifact import save_model
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.splits import SplitConfig
 from recsys.targets import TargetsConfig
 

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from recsys.batches import ObjectiveConfig, TargetWeights, make_batch
 from recsys.catalogue import MASK, PAD
 from recsys.losses import full_softmax
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.splits import whole_sequences
 from recsys.windows import Windows
 

@@ -9,7 +9,8 @@ import torch
 from recsys.artifact import load_artifact
 from recsys.errors import ArtifactError
 from recsys.export import MODEL_FILE, LastState, OnnxEncoder, export_onnx, parity, sample_inputs
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query
 from recsys.ranker import Ranker
 

@@ -8,7 +8,8 @@ from recsys.attributes import ItemCodes
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
 from recsys.item_table import AttributeBias, AttributedTable, ItemFeatures, ItemTable
 from recsys.losses import LossConfig, compute_loss
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.negatives import Negatives, NegativesConfig
 from recsys.recipe import read_recipe
 from recsys.trainer import make_optimiser

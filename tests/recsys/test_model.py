@@ -7,16 +7,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from recsys.blocks import Dropout, attend, bucket_ages
 from recsys.catalogue import MASK, PAD
-from recsys.model import (
-    Dropout,
-    ModelConfig,
-    NextItemModel,
-    Request,
-    append_request,
-    attend,
-    bucket_ages,
-)
+from recsys.model import NextItemModel, Request, append_request
+from recsys.model_config import ModelConfig
 
 _SIZES = (3, 4)
 

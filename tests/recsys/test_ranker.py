@@ -9,7 +9,8 @@ from recsys.artifact import load_artifact, save_model
 from recsys.catalogue import Catalogue
 from recsys.errors import ArtifactError
 from recsys.filters import AttributeFilter, FilterError, ItemIndex
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query, RequestContext
 from recsys.ranker import Ranker, SimilarQuery
 from recsys.scorer import ModelScorer

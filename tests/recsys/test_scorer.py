@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recsys.catalogue import NUM_SPECIAL
-from recsys.model import ModelConfig, NextItemModel
+from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.scorer import ModelScorer, gather_histories
 
 
