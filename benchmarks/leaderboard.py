@@ -29,6 +29,7 @@ from benchmarks.measure import machine
 from benchmarks.published import DATASETS, NO_CONTEXT, Dataset, read_dataset
 from recsys.attributes import AttributeEncoder, AttributesConfig
 from recsys.baselines import BASELINES, EASE, make_baselines
+from recsys.checkpoint import load_checkpoint, save_checkpoint
 from recsys.comparison import compare
 from recsys.context import NO_TIME, ContextConfig
 from recsys.interactions import training_counts
@@ -37,7 +38,7 @@ from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
-from recsys.trainer import Trainer, TrainerConfig, load_checkpoint, save_checkpoint
+from recsys.trainer import Trainer, TrainerConfig
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
 

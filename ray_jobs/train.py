@@ -45,11 +45,12 @@ from ray_jobs.sequences_reader import (
     open_sequences,
 )
 from recsys.artifact import save_model
+from recsys.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import split_tokens
 from recsys.targets import find_targets
 from recsys.tokens import TokenStore
-from recsys.trainer import EpochReport, Trainer, load_checkpoint, save_checkpoint
+from recsys.trainer import EpochReport, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -244,8 +245,7 @@ def _write_run(
     vocabulary = learned.vocabulary
     model = vocabulary.make_model(recipe.model)
     with checkpoint.as_directory() as path:
-        saved = torch.load(Path(path) / "trainer.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["weights"])
+        model.load_state_dict(read_weights(Path(path)))
     save_model(folder, model, vocabulary.catalogue, vocabulary.context, vocabulary.attributes)
 
     content = {

@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from recsys.catalogue import MASK, PAD
+from recsys.catalogue import MASK, NUM_SPECIAL, PAD
+from recsys.randomness import Draws, Purpose
 from recsys.targets import TargetEvents
 
 
@@ -29,8 +30,8 @@ class ObjectiveConfig(BaseModel):
     after it, as when recommending.
     """
     random_share: float = Field(0.0, ge=0, lt=1)
-    """masked-item: share of the hidden positions that show another item instead of the mask, so
-    that what stands at a position is not to be trusted blindly (Devlin et al., 2019)."""
+    """masked-item: share of the hidden positions that show any item instead of the mask, so that
+    what stands at a position is not to be trusted blindly (Devlin et al., 2019)."""
     kept_share: float = Field(0.0, ge=0, lt=1)
     """masked-item: share of the hidden positions that show their own item and are scored."""
     recency: float = Field(0.8, gt=0, le=1)
@@ -142,47 +143,59 @@ class _Gathered:
         )
 
 
-def make_batch(
-    objective: ObjectiveConfig,
-    items_BL: Tensor,
-    context_BLF: Tensor,
-    seconds_BL: Tensor,
-    known_at_request_F: Tensor,
-    generator: torch.Generator,
-    targets: TargetWeights | None = None,
-) -> Batch:
+@dataclass(frozen=True)
+class BatchMaker:
     """Chooses the scored positions of gathered windows, and hides from them what a request does not
     know.
 
-    With `targets` only such events are predicted, and all are read; a window may then score
-    nothing.
+    Args:
+        known_at_request_F: which context fields a scored position may carry, bool.
+        num_rows: of the item table.
+        targets: only such events are predicted, and all are read; None: every event.
+        new_since: only events at or after this second are predicted, counted as the windows'
+            seconds are; 0: every event. A window may score nothing then, as with `targets`.
     """
-    is_forgetful_B11 = _draw(items_BL[:, :1], generator)[..., None] < objective.context_dropout
-    told = _Told(known_at_request_F & ~is_forgetful_B11, ~is_forgetful_B11[..., 0])
-    is_target_BL, weights_BL = items_BL != PAD, None
-    if targets is not None:
-        of_type_BL = targets.weigh(context_BLF)
-        is_target_BL = is_target_BL & (of_type_BL > 0)
-        weights_BL = of_type_BL if targets.is_weighted else None
-    windows = _Gathered(
-        items_BL, context_BLF, seconds_BL, is_target_BL, weights_BL, targets is None
-    )
 
-    if objective.kind == "masked-item":
-        return _masked_item(objective, windows, told, generator)
-    if objective.kind == "recency-sampling":
-        return _recency_sampling(objective, windows, told, generator)
-    return _next_item(windows, told)
+    objective: ObjectiveConfig
+    known_at_request_F: Tensor
+    num_rows: int
+    targets: TargetWeights | None = None
+    new_since: int = 0
+
+    def make(
+        self, items_BL: Tensor, context_BLF: Tensor, seconds_BL: Tensor, draws: Draws
+    ) -> Batch:
+        """The batch of these windows, see `Windows.gather`."""
+        objective = self.objective
+        is_forgetful_B1 = draws.uniform(Purpose.REQUEST, 1) < objective.context_dropout
+        told = _Told(self.known_at_request_F & ~is_forgetful_B1[..., None], ~is_forgetful_B1)
+        windows = self._mark(items_BL, context_BLF, seconds_BL)
+        if objective.kind == "masked-item":
+            return _masked_item(objective, windows, told, draws, self.num_rows)
+        if objective.kind == "recency-sampling":
+            return _recency_sampling(objective, windows, told, draws)
+        return _next_item(windows, told)
+
+    def _mark(self, items_BL: Tensor, context_BLF: Tensor, seconds_BL: Tensor) -> _Gathered:
+        is_target_BL, weights_BL = items_BL != PAD, None
+        if self.targets is not None:
+            of_type_BL = self.targets.weigh(context_BLF)
+            is_target_BL = is_target_BL & (of_type_BL > 0)
+            weights_BL = of_type_BL if self.targets.is_weighted else None
+        if self.new_since:
+            is_target_BL = is_target_BL & (seconds_BL >= self.new_since)
+        are_all = self.targets is None and not self.new_since
+        return _Gathered(items_BL, context_BLF, seconds_BL, is_target_BL, weights_BL, are_all)
 
 
 def _masked_item(
-    objective: ObjectiveConfig, windows: _Gathered, told: _Told, generator: torch.Generator
+    objective: ObjectiveConfig, windows: _Gathered, told: _Told, draws: Draws, num_rows: int
 ) -> Batch:
-    draws_BL = _draw(windows.items_BL, generator)
+    draws_BL = draws.uniform(Purpose.MASK, windows.items_BL.shape[1])
     is_masked_BL = (draws_BL < objective.mask_prob) & windows.is_target_BL
     # Windows that drew no position score their last target, and so do those that imitate a
     # recommendation; nothing may stand after it, as nothing does when recommending.
-    last_only_B1 = _draw(windows.items_BL[:, :1], generator) < objective.last_prob
+    last_only_B1 = draws.uniform(Purpose.LAST, 1) < objective.last_prob
     last_only_B1 |= ~is_masked_BL.any(1, keepdim=True)
     windows = windows.end_at_target(last_only_B1)
     is_last_BL = windows.is_target_BL.clone()
@@ -192,7 +205,7 @@ def _masked_item(
     scored_M = is_masked_BL.flatten().nonzero().squeeze(1)
     return Batch(
         items_BL=_corrupt(
-            objective, windows.items_BL, is_masked_BL & ~last_only_B1, generator
+            objective, windows.items_BL, is_masked_BL & ~last_only_B1, draws, num_rows
         ).masked_fill(is_masked_BL & last_only_B1, MASK),
         context_BLF=windows.context_BLF.masked_fill(is_masked_BL[..., None] & ~told.fields_B1F, 0),
         request_BLF=torch.zeros_like(windows.context_BLF),
@@ -204,19 +217,22 @@ def _masked_item(
 
 
 def _corrupt(
-    objective: ObjectiveConfig, items_BL: Tensor, is_hidden_BL: Tensor, generator: torch.Generator
+    objective: ObjectiveConfig,
+    items_BL: Tensor,
+    is_hidden_BL: Tensor,
+    draws: Draws,
+    num_rows: int,
 ) -> Tensor:
-    """Items with the mask, another hidden item of the batch, or still their own where hidden."""
-    masked_BL = items_BL.masked_fill(is_hidden_BL, MASK)
+    """Items with the mask, any item of the catalogue, or still their own where hidden."""
     others, kept = objective.random_share, objective.kept_share
     if others == kept == 0:
-        return masked_BL
-    hidden_M = items_BL[is_hidden_BL]
-    draws_M = _draw(hidden_M, generator)
-    order_M = torch.randperm(len(hidden_M), generator=generator, device=hidden_M.device)
-    shown_M = torch.where(draws_M < others, hidden_M[order_M], MASK)
-    shown_M = torch.where((draws_M >= others) & (draws_M < others + kept), hidden_M, shown_M)
-    return masked_BL.masked_scatter(is_hidden_BL, shown_M)
+        return items_BL.masked_fill(is_hidden_BL, MASK)
+    L = items_BL.shape[1]
+    draws_BL = draws.uniform(Purpose.SHOWN, L)
+    any_BL = NUM_SPECIAL + draws.integers(Purpose.OTHER_ITEM, num_rows - NUM_SPECIAL, L)
+    shown_BL = torch.where(draws_BL < others, any_BL, MASK)
+    is_shown_BL = ~is_hidden_BL | (draws_BL >= 1 - kept)
+    return torch.where(is_shown_BL, items_BL, shown_BL)
 
 
 def _next_item(windows: _Gathered, told: _Told) -> Batch:
@@ -238,9 +254,9 @@ def _next_item(windows: _Gathered, told: _Told) -> Batch:
 
 
 def _recency_sampling(
-    objective: ObjectiveConfig, windows: _Gathered, told: _Told, generator: torch.Generator
+    objective: ObjectiveConfig, windows: _Gathered, told: _Told, draws: Draws
 ) -> Batch:
-    is_drawn_BL = _draw_recent(objective, windows.is_target_BL, generator)
+    is_drawn_BL = _draw_recent(objective, windows.is_target_BL, draws)
     is_kept_BL = (windows.items_BL != PAD) & ~is_drawn_BL
     # What is kept moves to the right, in its order; the gap of an event stays that of the log, also
     # where the event before it was taken out. One event at least was, so the first place is free
@@ -271,9 +287,7 @@ def _recency_sampling(
     )
 
 
-def _draw_recent(
-    objective: ObjectiveConfig, is_target_BL: Tensor, generator: torch.Generator
-) -> Tensor:
+def _draw_recent(objective: ObjectiveConfig, is_target_BL: Tensor, draws: Draws) -> Tensor:
     """Targets of recency sampling, bool `[B, L]`: `target_share` of a window's targets are drawn
     with replacement, as in the authors' code, so that long windows keep most of their recent past.
 
@@ -285,10 +299,11 @@ def _draw_recent(
     sums_BL = (objective.recency ** (num_B1 - counts_BL).float() * is_target_BL).cumsum(1)
 
     max_draws = max(1, int(objective.target_share * L))
-    points_BK = torch.rand(B, max_draws, generator=generator, device=device) * sums_BL[:, -1:]
+    points_BK = draws.uniform(Purpose.RECENT, max_draws) * sums_BL[:, -1:]
     places_BK = torch.searchsorted(sums_BL, points_BK, right=True)
-    draws_B1 = (objective.target_share * num_B1.double()).floor().clamp(min=1)
-    is_void_BK = torch.arange(max_draws, device=device) >= draws_B1
+    num_draws_B1 = (objective.target_share * num_B1.double()).floor().clamp(min=1)
+    # The last columns count: of a row that is padded further they are the same.
+    is_void_BK = torch.arange(max_draws - 1, -1, -1, device=device) >= num_draws_B1
     # Place L is nobody's: draws beyond a window's own number, and those of one without a target.
     places_BK = places_BK.masked_fill(is_void_BK, L)
     is_drawn_BL = torch.zeros(B, L + 1, dtype=torch.bool, device=device)
@@ -316,7 +331,3 @@ def _pair(happened_BL: Tensor, asked_BL: Tensor | None = None) -> Tensor:
     """
     asked_BL = torch.zeros_like(happened_BL) if asked_BL is None else asked_BL
     return torch.stack([happened_BL, asked_BL], dim=2)
-
-
-def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, device=like.device)

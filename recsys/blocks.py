@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.model_config import ModelConfig
+from recsys.randomness import Noise
 
 _NUM_AGES = 80
 """Steps of the logarithm of a time; 80 reach beyond 900 years."""
@@ -43,23 +44,22 @@ def bucket_ages(asked_BL: Tensor, happened_BL: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout that draws one byte a value on a CPU, where the generator is what it costs; its
-    probability is rounded to a 256th.
+    """Dropout by the step's own noise on a CPU: a byte a value, the probability rounded to a 256th.
+    On a GPU, and where there is no noise, it is torch's.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, noise: Noise | None) -> Tensor:
         if not self.training or self.p == 0:
-            return x
-        if x.is_cuda:
-            return F.dropout(x, self.p)
+            return x_BLD
+        if noise is None or x_BLD.is_cuda:
+            return F.dropout(x_BLD, self.p)
         num_dropped = round(self.p * 256)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        is_kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= num_dropped
-        return x * is_kept * (256 / (256 - num_dropped))
+        is_kept_BLD = noise.bytes_like(x_BLD) >= num_dropped
+        return x_BLD * is_kept_BLD * (256 / (256 - num_dropped))
 
 
 class Block(nn.Module):
@@ -80,10 +80,10 @@ class Block(nn.Module):
         self.distances = nn.Embedding(distances, config.num_heads) if config.relative_bias else None
         self.ages = nn.Embedding(2 * _NUM_AGES, config.num_heads) if config.time_bias else None
 
-    def forward(self, x_BLD: Tensor, seen: Seen) -> Tensor:
-        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), seen))
+    def forward(self, x_BLD: Tensor, seen: Seen, noise: Noise | None) -> Tensor:
+        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), seen), noise)
         wide = F.gelu(self.widen(self.norm_mlp(x_BLD)))
-        added: Tensor = x_BLD + self.dropout(self.narrow(wide))
+        added: Tensor = x_BLD + self.dropout(self.narrow(wide), noise)
         return added
 
     def _attend(self, x_BLD: Tensor, seen: Seen) -> Tensor:
@@ -125,13 +125,13 @@ class GatedBlock(Block):
         self.gate_attention = nn.Linear(dim, dim)
         self.gate_mlp = nn.Linear(dim, dim)
 
-    def forward(self, x_BLD: Tensor, seen: Seen) -> Tensor:
-        attended = self._attend(self.norm_attention(x_BLD), seen)
-        x_BLD = x_BLD + torch.sigmoid(self.gate_attention(x_BLD)) * self.dropout(attended)
+    def forward(self, x_BLD: Tensor, seen: Seen, noise: Noise | None) -> Tensor:
+        attended = self.dropout(self._attend(self.norm_attention(x_BLD), seen), noise)
+        x_BLD = x_BLD + torch.sigmoid(self.gate_attention(x_BLD)) * attended
 
         gate, value = self.widen(self.norm_mlp(x_BLD)).chunk(2, dim=-1)
-        narrow = self.narrow(F.silu(gate) * value)
-        added: Tensor = x_BLD + torch.sigmoid(self.gate_mlp(x_BLD)) * self.dropout(narrow)
+        narrow = self.dropout(self.narrow(F.silu(gate) * value), noise)
+        added: Tensor = x_BLD + torch.sigmoid(self.gate_mlp(x_BLD)) * narrow
         return added
 
 

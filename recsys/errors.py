@@ -4,6 +4,7 @@ RecsysError
 ├── CatalogueError   a catalogue is empty or does not belong to these weights
 ├── ArtifactError    a published artifact is incomplete, altered, or of another format
 └── TrainingError    a run cannot start or go on (nothing to train on, loss not finite)
+    └── CheckpointError   a checkpoint is cut off, altered, or of another training
 """
 
 
@@ -21,3 +22,7 @@ class ArtifactError(RecsysError):
 
 class TrainingError(RecsysError):
     """Training cannot start or go on."""
+
+
+class CheckpointError(TrainingError):
+    """The checkpoint cannot be trusted."""

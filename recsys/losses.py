@@ -221,13 +221,12 @@ def _score(
     """Scores of the targets `[M]` and of the negatives `[M, N]`, fp32."""
     dtype, (M, D), items_GN = hidden_MD.dtype, hidden_MD.shape, negatives.items_GN
     positive_M = (hidden_MD * table_ID[targets_M].to(dtype)).sum(1).float() + bias_I[targets_M]
-    # Groups of equal size, the last one filled up: one product of matrices a group.
-    group_size = -(-M // len(items_GN))
-    filled_MD = F.pad(hidden_MD, (0, 0, 0, group_size * len(items_GN) - M))
-    hidden_GPD = filled_MD.view(len(items_GN), group_size, D)
-    negative_GPN = hidden_GPD @ table_ID[items_GN].to(dtype).transpose(1, 2)
+    # Groups of equal size, the first and the last filled up: one product of matrices a group.
+    G, P, before = len(items_GN), negatives.group_size, negatives.num_before
+    filled_MD = F.pad(hidden_MD, (0, 0, before, G * P - M - before))
+    negative_GPN = filled_MD.view(G, P, D) @ table_ID[items_GN].to(dtype).transpose(1, 2)
     negative_GPN = negative_GPN.float() + bias_I[items_GN][:, None]
-    return positive_M, negative_GPN.flatten(0, 1)[:M]
+    return positive_M, negative_GPN.flatten(0, 1)[before : before + M]
 
 
 def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from recsys.item_table import (
     make_table,
 )
 from recsys.model_config import ModelConfig
+from recsys.randomness import Noise
 
 
 class ContextEmbedding(nn.Module):
@@ -120,7 +121,12 @@ class NextItemModel(nn.Module):
             return copy.deepcopy(self, plain)
 
     def forward(
-        self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor, seconds_BL2: Tensor
+        self,
+        items_BL: Tensor,
+        context_BLF: Tensor,
+        request_BLF: Tensor,
+        seconds_BL2: Tensor,
+        noise: Noise | None = None,
     ) -> Tensor:
         """States `[B, L, D]`.
 
@@ -132,6 +138,7 @@ class NextItemModel(nn.Module):
             seconds_BL2: int, when each position's own event happened and when the request that
                 follows it came, in seconds from any origin; 0 where unknown. A model with
                 `time_bias` alone reads it.
+            noise: of the training step, for dropout.
         """
         L = items_BL.shape[1]
         # Positions count back from the most recent one, whatever the length of the batch.
@@ -141,10 +148,10 @@ class NextItemModel(nn.Module):
         if self.request is not None:
             x_BLD = x_BLD + self.request(request_BLF)
 
-        x_BLD = self.dropout(x_BLD)
+        x_BLD = self.dropout(x_BLD, noise)
         seen = self._seen(items_BL, seconds_BL2)
         for block in self.blocks:
-            x_BLD = block(x_BLD, seen)
+            x_BLD = block(x_BLD, seen, noise)
         normed: Tensor = self.norm(x_BLD)
         return normed
 

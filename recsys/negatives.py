@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from recsys.catalogue import NUM_SPECIAL
+from recsys.randomness import Draws, Purpose, as_uniform_double
 
 
 class NegativesConfig(BaseModel):
@@ -23,7 +24,7 @@ class NegativesConfig(BaseModel):
     num: int = Field(256, ge=1)
     """Drawn negatives, beside those that the batch brings."""
     group_size: int | None = Field(None, ge=1)
-    """About so many consecutive scored positions share a draw, None: all of the batch. Smaller
+    """So many consecutive scored positions share a draw, None: all of the batch. Smaller
     groups give a quieter gradient and cost more vectors: with one draw a batch a sampled softmax
     learns more slowly, and binary losses hardly start."""
 
@@ -36,11 +37,14 @@ class NegativesConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Negatives:
-    """N negatives for each of G groups of consecutive positions, the last of which may be short."""
+    """N negatives for each of G groups of consecutive positions."""
 
     items_GN: Tensor
     log_expected_GN: Tensor
     """Logarithm of how often an item is expected among the N."""
+    group_size: int
+    num_before: int = 0
+    """Positions of the first group that are not among those at hand; the last may be short too."""
 
     @property
     def num(self) -> int:
@@ -48,8 +52,8 @@ class Negatives:
 
     def per_position(self, values_GN: Tensor, num_positions: int) -> Tensor:
         """The values of each position's group, `[M, N]`."""
-        group_size = -(-num_positions // max(1, len(values_GN)))
-        return values_GN.repeat_interleave(group_size, 0)[:num_positions]
+        until = self.num_before + num_positions
+        return values_GN.repeat_interleave(self.group_size, 0)[self.num_before : until]
 
 
 class NegativeSampler:
@@ -68,37 +72,65 @@ class NegativeSampler:
         # A uniform sample stands for the items that are not the target.
         self._num_others = max(1, len(counts_I) - NUM_SPECIAL - 1)
 
-    def draw(self, targets_M: Tensor, generator: torch.Generator) -> Negatives:
+    @property
+    def reads_batch(self) -> bool:
+        """Whether targets of the batch are negatives."""
+        return self.config.source in ("in-batch", "mixed")
+
+    def draw(self, targets_M: Tensor, draws: Draws, of_batch: "BatchTargets") -> Negatives:
         """Negatives for these positions; one may equal a target, and counts as none there."""
         source, num = self.config.source, self.config.num
-        num_groups = -(-len(targets_M) // (self.config.group_size or max(1, len(targets_M))))
-        shape = (num_groups, num)
-        if source == "uniform":
-            items = self._uniform(shape, generator)
-            return Negatives(items, torch.log(self._expected_uniform(items)))
+        groups = _Groups.of(self.config.group_size, of_batch, len(targets_M))
+        groups_G = groups.first + torch.arange(groups.num, device=targets_M.device)
         if source == "popularity":
-            items = self._popular(shape, generator)
-            return Negatives(items, torch.log(num * self._share_I[items]))
-        expected_in_batch = len(targets_M) * self._share_I
+            items_GN = self._popular(draws.of_groups(Purpose.NEGATIVES, groups_G, num))
+            return groups.share(items_GN, num * self._share_I[items_GN])
         if source == "in-batch":
-            items = targets_M[None]
-            return Negatives(items, torch.log(expected_in_batch[items]))
-        items = torch.cat([self._uniform((1, num), generator), targets_M[None]], dim=1)
-        expected = self._expected_uniform(items) + expected_in_batch[items]
-        return Negatives(items, torch.log(expected))
+            items_GN = of_batch.targets[None]
+            return groups.share(items_GN, len(of_batch.targets) * self._share_I[items_GN])
+        items_GN = self._uniform(draws.of_groups(Purpose.NEGATIVES, groups_G, num))
+        if source == "mixed":
+            items_GN = torch.cat([items_GN, of_batch.targets[None]], dim=1)
+        expected_GN = torch.full(items_GN.shape, num / self._num_others, device=items_GN.device)
+        if source == "mixed":
+            expected_GN += len(of_batch.targets) * self._share_I[items_GN]
+        return groups.share(items_GN, expected_GN)
 
-    def _uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        num_rows, device = len(self._share_I), self._share_I.device
-        return torch.randint(NUM_SPECIAL, num_rows, shape, generator=generator, device=device)
+    def _uniform(self, words: Tensor) -> Tensor:
+        return words.remainder_(len(self._share_I) - NUM_SPECIAL) + NUM_SPECIAL
 
-    def _expected_uniform(self, items: Tensor) -> Tensor:
-        expected = self.config.num / self._num_others
-        return torch.full(items.shape, expected, device=items.device)
-
-    def _popular(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def _popular(self, words: Tensor) -> Tensor:
         # By inversion: torch.multinomial takes no more than 2^24 items.
-        uniform = torch.rand(
-            shape, generator=generator, device=self._sums_I.device, dtype=torch.float64
-        )
-        drawn = torch.searchsorted(self._sums_I, uniform * self._sums_I[-1], right=True)
+        sums = as_uniform_double(words) * self._sums_I[-1]
+        drawn = torch.searchsorted(self._sums_I, sums, right=True)
         return drawn.clamp(NUM_SPECIAL, len(self._sums_I) - 1)
+
+
+@dataclass(frozen=True)
+class BatchTargets:
+    """Where the scored positions at hand lie among those of the global batch."""
+
+    targets: Tensor
+    """Of the whole batch; those at hand where no source reads more."""
+    first: int = 0
+    """Scored positions before those at hand."""
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups that the positions at hand belong to, numbered in the global batch."""
+
+    size: int
+    first: int
+    num: int
+    num_before: int
+
+    @classmethod
+    def of(cls, size: int | None, of_batch: BatchTargets, num_positions: int) -> "_Groups":
+        if size is None:
+            return cls(max(1, num_positions), 0, 1, 0)
+        first, num_before = divmod(of_batch.first, size)
+        return cls(size, first, -(-(num_before + num_positions) // size), num_before)
+
+    def share(self, items_GN: Tensor, expected_GN: Tensor) -> Negatives:
+        return Negatives(items_GN, torch.log(expected_GN), self.size, self.num_before)

@@ -9,26 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from recsys.batches import ObjectiveConfig
 from recsys.losses import LossConfig
 from recsys.model_config import ModelConfig
+from recsys.optimiser import OptimiserConfig
 
 _OBJECTIVES = {
     "bidirectional": ("masked-item",),
     "causal": ("next-item", "recency-sampling"),
 }
-
-
-class OptimiserConfig(BaseModel):
-    """AdamW with warm-up and cosine; no weight decay on biases, norms and embeddings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    warmup_share: float = Field(0.05, ge=0, lt=1)
-    """Share of all steps during which the rate climbs from 0."""
-    final_share: float = Field(0.05, ge=0, le=1)
-    """Share of the learning rate that is left at the end of the cosine."""
-    clip_norm: float = Field(1.0, gt=0)
 
 
 class Recipe(BaseModel):

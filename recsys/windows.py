@@ -1,6 +1,7 @@
 """Training windows of a token store: where they lie in an epoch, and their events on a device."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,20 @@ from recsys.catalogue import PAD
 from recsys.context import count_seconds
 from recsys.splits import Split, can_train
 from recsys.tokens import TokenStore
+
+
+class Places(NamedTuple):
+    """Where the windows of a batch lie, int64 `[B]` each."""
+
+    starts_B: Tensor
+    lengths_B: Tensor
+    rows_B: Tensor
+    """Which of the global batch they are."""
+
+    def split(self, num_parts: int) -> list["Places"]:
+        """The same in so many consecutive parts."""
+        parts = [column.tensor_split(num_parts) for column in self]
+        return [Places(*columns) for columns in zip(*parts, strict=True)]
 
 
 class Windows:
@@ -51,13 +66,14 @@ class Windows:
         return len(self._end)
 
     def batches(
-        self, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Starts and lengths, int64 `[B]`, of each batch of this rank; every rank gets as many
-        batches.
+        self, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1, first: int = 0
+    ) -> Iterator[Places]:
+        """This rank's part of each global batch of `batch_size` windows, from the batch `first` on;
+        every rank gets as many.
 
-        All ranks draw the same permutation from `seed` and take their own part of each global
-        batch. Batches hold windows of similar length, so that little padding is computed.
+        All ranks draw the same permutation from `seed`, and how many there are does not change what
+        a global batch holds. Batches hold windows of similar length, so that little padding is
+        computed.
         """
         generator = np.random.default_rng(seed)
         shift = np.where(
@@ -66,16 +82,19 @@ class Windows:
         end = np.maximum(self._end - self._back + shift, np.minimum(self._floor + 2, self._end))
         start = np.maximum(end - self.max_len, self._floor)
 
-        for rows in _batch_rows(end - start, batch_size * world_size, generator):
-            mine = rows[rank::world_size]
-            yield (
+        part = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+        places = np.arange(batch_size)[part]
+        for rows in _batch_rows(end - start, batch_size, generator)[first:]:
+            mine = rows[part]
+            yield Places(
                 torch.from_numpy(start[mine]).to(self.device),
                 torch.from_numpy((end - start)[mine]).to(self.device),
+                torch.from_numpy(places).to(self.device),
             )
 
-    def num_batches(self, batch_size: int, world_size: int = 1) -> int:
-        """Batches of an epoch, on every rank."""
-        return max(1, -(-len(self) // (batch_size * world_size)))
+    def num_batches(self, batch_size: int) -> int:
+        """Global batches of an epoch."""
+        return max(1, -(-len(self) // batch_size))
 
     def gather(self, start_B: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded items `[B, L]` and context `[B, L, F]`, int64, and seconds `[B, L]`, int32; L
@@ -91,18 +110,15 @@ class Windows:
         return items_BL, context_BLF, seconds_BL
 
 
-def _batch_rows(
-    lengths: np.ndarray, size: int, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
+def _batch_rows(lengths: np.ndarray, size: int, generator: np.random.Generator) -> list[np.ndarray]:
     # Within a pool of 32 batches windows are ordered by length; the batches are then visited at
     # random.
     rows = generator.permutation(len(lengths))
-    # The last batch is filled from the front, so that every batch, on every rank, is whole.
+    # The last batch is filled from the front, so that every batch is whole.
     rows = np.resize(rows, -(-len(rows) // size) * size)
     pools = [rows[start : start + 32 * size] for start in range(0, len(rows), 32 * size)]
     batches = [batch for pool in pools for batch in _split_by_length(pool, lengths, size)]
-    for index in generator.permutation(len(batches)):
-        yield batches[index]
+    return [batches[index] for index in generator.permutation(len(batches))]
 
 
 def _split_by_length(pool: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:

@@ -11,8 +11,8 @@ from recsys.losses import LossConfig, compute_loss
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.negatives import Negatives, NegativesConfig
+from recsys.optimiser import make_optimiser
 from recsys.recipe import read_recipe
-from recsys.trainer import make_optimiser
 
 _COLD = 4
 
@@ -146,7 +146,7 @@ def test_cold_items_take_no_part_in_training():
 def test_losses_that_gather_rows_agree_with_the_whole_table(kind):
     model = make_model(separate_output=True).train()
     config = LossConfig(kind=kind, negatives=NegativesConfig(num=2))
-    negatives = Negatives(torch.tensor([[3, 4]]), torch.zeros(1, 2))
+    negatives = Negatives(torch.tensor([[3, 4]]), torch.zeros(1, 2), group_size=2)
     hidden, targets = torch.randn(2, 8), torch.tensor([2, 3])
     whole = model.output_table_ID, model.output_bias_I
 
@@ -166,7 +166,7 @@ def test_gathering_never_computes_the_whole_table(monkeypatch):
 @pytest.mark.parametrize("kind", ["full-softmax", "sampled-softmax"])
 def test_a_batch_without_a_scored_position_gives_zero_and_every_table_a_gradient(kind):
     model = make_model().train()
-    negatives = Negatives(torch.tensor([[3]]), torch.zeros(1, 1))
+    negatives = Negatives(torch.tensor([[3]]), torch.zeros(1, 1), group_size=1)
     nothing = torch.zeros(0, dtype=torch.int64)
     hidden = torch.zeros(0, 8, requires_grad=True)
     rows = model.output_rows()

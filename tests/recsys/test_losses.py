@@ -62,10 +62,11 @@ def test_no_scored_position_gives_zero_loss_and_zero_gradient():
     assert not table.grad.any()
 
 
-def drawn(*items, expected=None):
-    """Negatives of one group or, from lists, of several, expected as often as given or once."""
+def drawn(*items, expected=1.0, group_size=4, num_before=0):
+    """Negatives of one group or, from lists, of several, expected as often as given."""
     items = torch.atleast_2d(torch.tensor(items))
-    return Negatives(items, torch.full(items.shape, math.log(1 if expected is None else expected)))
+    log_expected = torch.full(items.shape, math.log(expected))
+    return Negatives(items, log_expected, group_size, num_before)
 
 
 def flat(num_rows=6):
@@ -117,7 +118,9 @@ def test_each_position_is_held_against_the_negatives_of_its_group(kind):
     config, groups = LossConfig(kind=kind), [[3, 4], [5, 6], [10, 11]]
 
     def loss_of(rows, *negatives):
-        return compute_loss(config, hidden[rows], table, bias, targets[rows], drawn(*negatives))
+        return compute_loss(
+            config, hidden[rows], table, bias, targets[rows], drawn(*negatives, group_size=2)
+        )
 
     together = loss_of(slice(0, 5), *groups)
     apart = [loss_of(slice(n, n + 1), groups[n // 2]) for n in range(5)]
@@ -211,7 +214,9 @@ def test_gradients_of_weighted_losses_agree_with_finite_differences(kind):
     weights, config = torch.tensor([3.0, 0.5, 1.0]), LossConfig(kind=kind)
 
     def loss_of(*leaves):
-        return compute_loss(config, *leaves, targets, drawn([3, 4], [5, 6]), weights).double()
+        return compute_loss(
+            config, *leaves, targets, drawn([3, 4], [5, 6], group_size=2), weights
+        ).double()
 
     assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-2, atol=2e-3, nondet_tol=1e-6)
 
@@ -261,3 +266,16 @@ def test_a_parameter_of_another_loss_is_refused():
     ):
         with pytest.raises(ValidationError, match=f"{kind} has no {next(iter(wrong))}"):
             LossConfig(kind=kind, **wrong)
+
+
+@pytest.mark.parametrize("kind", ["sampled-softmax", "bce", "gbce"])
+def test_groups_may_be_shared_with_positions_that_are_elsewhere(kind):
+    leaves, targets = _case(5)
+    hidden, table, bias = leaves
+    config, groups = LossConfig(kind=kind), ([3, 4], [5, 6])
+    whole = compute_loss(config, *leaves, targets, drawn(*groups, group_size=4))
+    parts = [
+        compute_loss(config, hidden[:3], table, bias, targets[:3], drawn([3, 4])),
+        compute_loss(config, hidden[3:], table, bias, targets[3:], drawn(*groups, num_before=3)),
+    ]
+    assert whole.item() == pytest.approx(((3 * parts[0] + 2 * parts[1]) / 5).item())

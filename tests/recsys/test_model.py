@@ -11,6 +11,7 @@ from recsys.blocks import Dropout, attend, bucket_ages
 from recsys.catalogue import MASK, PAD
 from recsys.model import NextItemModel, Request, append_request
 from recsys.model_config import ModelConfig
+from recsys.randomness import Draws
 
 _SIZES = (3, 4)
 
@@ -32,6 +33,10 @@ def _inputs(items):
     seconds_BL2 = torch.stack([own_BL, is_token_BL * (own_BL + 3600)], dim=2)
     context_BLF = context_BLF * is_token_BL[..., None]
     return items_BL, context_BLF, torch.zeros_like(context_BLF), seconds_BL2
+
+
+def _noise(num_rows, length, step=0):
+    return Draws(0, step, torch.arange(num_rows)).noise(length)
 
 
 def _request(codes, seconds=7200):
@@ -132,14 +137,14 @@ def test_a_model_without_time_bias_reads_no_times(attention):
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
     torch.manual_seed(0)
-    dropped = Dropout(0.25)(torch.ones(1000, 1001))
+    dropped = Dropout(0.25)(torch.ones(1000, 10, 101), _noise(1000, 10))
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=2e-3)
 
 
 def test_dropout_does_nothing_when_the_model_serves():
     values = torch.randn(3, 3)
-    assert Dropout(0.5).eval()(values) is values
+    assert Dropout(0.5).eval()(values, None) is values
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])

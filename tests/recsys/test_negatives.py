@@ -6,15 +6,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from recsys.negatives import NegativeSampler, NegativesConfig
+from recsys.negatives import BatchTargets, NegativeSampler, NegativesConfig
+from recsys.randomness import Draws
 
 COUNTS = torch.tensor([7, 7, 0, 1, 3, 4])  # padding, mask and four items with 8 training events
 TARGETS = torch.tensor([4, 4, 5])
 
 
-def draw(seed=0, targets=TARGETS, **settings):
+def draw(seed=0, targets=TARGETS, first=0, of_batch=None, **settings):
+    """Negatives of positions that have `first` others before them in the global batch."""
     sampler = NegativeSampler(NegativesConfig(**settings), COUNTS.clone())
-    return sampler.draw(targets, torch.Generator().manual_seed(seed))
+    of_batch = BatchTargets(targets if of_batch is None else of_batch, first)
+    return sampler.draw(targets, Draws(seed, 0, torch.zeros(1)), of_batch)
 
 
 def shares(items):
@@ -60,7 +63,19 @@ def test_positions_share_a_draw_by_groups():
         NegativesConfig(source="in-batch", group_size=1)
 
 
-def test_the_generator_decides():
+@pytest.mark.parametrize("source", ["uniform", "popularity", "in-batch", "mixed"])
+def test_a_part_of_a_batch_draws_what_the_whole_one_draws(source):
+    group_size = 2 if source in ("uniform", "popularity") else None
+    settings = {"source": source, "num": 9, "group_size": group_size}
+    targets = torch.tensor([4, 4, 5, 3, 5])
+    whole = draw(targets=targets, **settings)
+    part = draw(targets=targets[3:], first=3, of_batch=targets, **settings)
+    for name in ("items_GN", "log_expected_GN"):
+        of_whole = whole.per_position(getattr(whole, name), 5)
+        assert torch.equal(part.per_position(getattr(part, name), 2), of_whole[3:])
+
+
+def test_the_seed_decides():
     assert torch.equal(draw(1, num=9).items_GN, draw(1, num=9).items_GN)
     assert not torch.equal(draw(1, num=9).items_GN, draw(2, num=9).items_GN)
 
@@ -69,8 +84,10 @@ def test_expectations_are_those_of_many_draws():
     """The logQ of each source against how often an item really came."""
     for source in ("uniform", "popularity"):
         sampler = NegativeSampler(NegativesConfig(source=source, num=3), COUNTS.clone())
-        generator = torch.Generator().manual_seed(3)
-        draws = [sampler.draw(TARGETS, generator) for _ in range(4_000)]
+        draws = [
+            sampler.draw(TARGETS, Draws(3, step, torch.zeros(1)), BatchTargets(TARGETS))
+            for step in range(4_000)
+        ]
         items = torch.stack([one.items_GN for one in draws])
         # A uniform sample stands for one item less than there are: the target is not among them.
         correction = 4 / 3 if source == "uniform" else 1

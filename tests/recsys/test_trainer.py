@@ -8,21 +8,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.batches import Batch
+from recsys.checkpoint import load_checkpoint, save_checkpoint
 from recsys.errors import TrainingError
 from recsys.model import NextItemModel
-from recsys.recipe import OptimiserConfig, read_recipe
+from recsys.negatives import BatchTargets
+from recsys.optimiser import OptimiserConfig, make_optimiser, scheduled_rate
+from recsys.randomness import Draws
+from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig, leave_one_out, split_tokens
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
-from recsys.trainer import (
-    Trainer,
-    TrainerConfig,
-    load_checkpoint,
-    make_optimiser,
-    save_checkpoint,
-    scheduled_rate,
-)
+from recsys.trainer import Trainer, TrainerConfig
 
 _NUM_ITEMS = 20
 
@@ -40,25 +36,28 @@ def _cycles(num_users=60, length=12):
     )
 
 
-def _trainer(recipe_name="bert4rec", *, store=None, loss=None, data=None, **config):
-    store = store or _cycles()
+def make_trainer(
+    recipe_name="bert4rec", *, store=None, overrides=None, data=None, batch_size=16, **config
+):
+    """A trainer in fp32; `overrides` are sections of the recipe, `config` is the trainer's."""
+    store, overrides = store or _cycles(), overrides or {}
     data = {"split": leave_one_out(store.offsets_U), **(data or {})}
     recipe = read_recipe(
         recipe_name,
         {
-            "batch_size": 16,
-            "model": {"dim": 32, "max_len": 12, "dropout": 0.1},
-            "loss": loss or {},
+            "batch_size": batch_size,
             "optimiser": {"learning_rate": 5e-3},
+            **overrides,
+            "model": {"dim": 32, "max_len": 12, "dropout": 0.1} | overrides.get("model", {}),
         },
     )
     torch.manual_seed(0)
     num_fields = store.context_TF.shape[1]
-    model = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
+    network = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
     return Trainer(
         recipe,
         TrainerConfig(precision="fp32", **config),
-        model,
+        network,
         store,
         known_at_request_F=np.zeros(num_fields, bool),
         seed=0,
@@ -80,7 +79,7 @@ def _trainer(recipe_name="bert4rec", *, store=None, loss=None, data=None, **conf
     ],
 )
 def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
-    trainer = _trainer(recipe, loss=loss, max_epochs=max_epochs)
+    trainer = make_trainer(recipe, overrides={"loss": loss}, max_epochs=max_epochs)
     reports = [trainer.train_epoch() for _ in range(max_epochs)]
     assert reports[-1].loss < 0.8 * reports[0].loss
     # Ten items are left when those seen are out: at random NDCG@10 is 0.45.
@@ -105,7 +104,7 @@ def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
     store = _with_purchases(_cycles(num_users=100))
     split = split_tokens(store, SplitConfig(), _PURCHASES)
     data = {"split": split, "targets": _PURCHASES}
-    trainer = _trainer(recipe, store=store, data=data, max_epochs=60, validate_every=60)
+    trainer = make_trainer(recipe, store=store, data=data, max_epochs=60, validate_every=60)
     reports = [trainer.train_epoch() for _ in range(60)]
     assert reports[-1].ndcg10 > ndcg10
 
@@ -113,31 +112,22 @@ def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
 def test_an_item_that_was_viewed_can_be_the_target_where_seen_items_stay():
     # Everybody walks the circle twice: the target was seen on the first round.
     store = _cycles(length=30)
-    kept = _trainer("sasrec-ce", store=store, data={"filter_seen": False})
+    kept = make_trainer("sasrec-ce", store=store, data={"filter_seen": False})
     assert kept.validate()[1] > 0
-    assert _trainer("sasrec-ce", store=store).validate() == (0, 0)
+    assert make_trainer("sasrec-ce", store=store).validate() == (0, 0)
 
 
 def test_the_loss_of_an_epoch_is_weighted_over_batches():
     # All weights are twice as large: the mean stays.
     store = _with_purchases(_cycles())
     losses = [
-        _trainer(store=store, data={"targets": TargetEvents(0, weights_V, is_weighted=True)})
+        make_trainer(store=store, data={"targets": TargetEvents(0, weights_V, is_weighted=True)})
         .train_epoch()
         .loss
         for weights_V in (np.array([0, 1, 3], np.float32), np.array([0, 2, 6], np.float32))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] != pytest.approx(_trainer(store=store).train_epoch().loss, rel=1e-4)
-
-
-def test_a_rank_counts_as_much_as_its_scored_positions_weigh(monkeypatch):
-    trainer = _trainer()
-    trainer.world_size = 2
-    monkeypatch.setattr("recsys.trainer._sum_over_ranks", lambda values, device: [8.0])
-    batch = Batch(*[torch.zeros(3)] * 6, weights_M=torch.tensor([3.0, 2.0, 1.0]))
-    assert trainer._weight_of(batch) == 6 * 2 / 8
-    assert trainer._weight_of(replace(batch, weights_M=None)) == 3 * 2 / 8
+    assert losses[0] != pytest.approx(make_trainer(store=store).train_epoch().loss, rel=1e-4)
 
 
 def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
@@ -146,44 +136,108 @@ def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
     split = leave_one_out(store.offsets_U)
     loss = {"negatives": {"source": "in-batch", "group_size": None}}
     data = {"split": split, "targets": _PURCHASES}
-    trainer = _trainer("esasrec", store=store, loss=loss, data=data)
-    drawn = trainer._sampler.draw(torch.tensor([6, 7]), torch.Generator())
+    trainer = make_trainer("esasrec", store=store, overrides={"loss": loss}, data=data)
+    targets = torch.tensor([6, 7])
+    drawn = trainer._sampler.draw(targets, Draws(0, 0, targets), BatchTargets(targets))
     # Items 6 and 7 are the two targets: each is expected once among two.
     assert drawn.log_expected_GN.tolist() == [[0.0, 0.0]]
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path):
-    unbroken = _trainer(max_epochs=4)
-    expected = [unbroken.train_epoch().loss for _ in range(4)]
+_KINDS = {
+    "bert4rec": {"objective": {"random_share": 0.1, "kept_share": 0.1}},
+    "sasrec-ce": {},
+    "rss": {},
+    "gsasrec": {"loss": {"negatives": {"num": 5, "group_size": 7}}},
+}
 
-    first = _trainer(max_epochs=4)
-    losses = [first.train_epoch().loss for _ in range(2)]
-    save_checkpoint(tmp_path, first)
-    second = _trainer(max_epochs=4)
+
+def _weights(trainer):
+    return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("recipe", _KINDS)
+def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(recipe, tmp_path):
+    unbroken = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+    expected = [unbroken.train_epoch() for _ in range(3)]
+
+    class KilledError(Exception):
+        pass
+
+    first = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+
+    def kill():
+        if first.step == 2:
+            first.add_up_progress()
+            save_checkpoint(tmp_path, first)
+        if first.step == 3:
+            raise KilledError
+
+    losses = [first.train_epoch().loss]
+    with pytest.raises(KilledError):
+        first.train_epoch(kill)
+    second = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
     load_checkpoint(tmp_path, second)
+    assert (second.epoch, second.step) == (1, 2)
     losses += [second.train_epoch().loss for _ in range(2)]
-    assert losses == expected
+
+    assert losses == [report.loss for report in expected]
+    for name, weight in _weights(unbroken).items():
+        assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("source", ["uniform", "mixed"])
+@pytest.mark.parametrize("recipe", ["bert4rec", "esasrec"])
+def test_parts_of_a_batch_add_up_to_the_whole(recipe, source):
+    loss = {"kind": "sampled-softmax", "negatives": {"source": source, "num": 4}}
+    loss["negatives"]["group_size"] = 5 if source == "uniform" else None
+    whole, parts = (
+        make_trainer(recipe, overrides={"loss": loss}, micro_batches=number, batch_size=18)
+        for number in (1, 4)
+    )
+    assert whole.train_epoch().loss == pytest.approx(parts.train_epoch().loss, rel=1e-6)
+    for name, weight in _weights(whole).items():
+        torch.testing.assert_close(weight, parts.model.state_dict()[name], rtol=0, atol=2e-4)
+
+
+def test_a_batch_that_is_too_small_to_be_shared_is_refused():
+    with pytest.raises(TrainingError, match=r"2 windows cannot be shared by 1 workers in 3 parts"):
+        make_trainer(batch_size=2, micro_batches=3)
+
+
+def test_only_new_events_are_learned_and_old_ones_are_read():
+    store = _cycles(num_users=4, length=12)
+    store.timestamps_T[:] = 1_000_000 * (1_000 + np.tile(np.arange(12), 4))
+    store.timestamps_T[:12] -= 500_000_000  # nothing new of the first user
+    trainer = make_trainer("sasrec-ce", store=store, data={"new_since_s": 1_006}, batch_size=3)
+    (places,) = trainer._windows.batches(3, 0)
+    assert sorted(places.starts_B.tolist()) == [12, 24, 36]
+    (piece,) = trainer._assemble(places)
+    # Training events are those of the seconds 1,000 to 1,009.
+    assert piece.batch.items_BL.shape == (3, 9)
+    assert sorted((piece.batch.scored_M % 9).tolist()) == [5] * 3 + [6] * 3 + [7] * 3 + [8] * 3
+    with pytest.raises(TrainingError, match="or none of them is new"):
+        make_trainer(store=store, data={"new_since_s": 2_000})
 
 
 def test_training_stops_when_validation_no_longer_improves():
-    trainer = _trainer(max_epochs=50, patience=1)
+    trainer = make_trainer(max_epochs=50, patience=1)
     trainer.best_ndcg10 = 2.0  # no NDCG reaches it
     trainer.train_epoch()
     assert trainer.should_stop
 
 
 def test_epochs_between_validations_report_no_metric():
-    trainer = _trainer(max_epochs=4, validate_every=2)
+    trainer = make_trainer(max_epochs=4, validate_every=2)
     assert [trainer.train_epoch().is_validated for _ in range(3)] == [False, True, False]
 
 
 def test_nothing_to_learn_from_is_one_sentence():
     with pytest.raises(TrainingError, match=r"No user has two training events"):
-        _trainer(store=_cycles(length=3))
+        make_trainer(store=_cycles(length=3))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    trainer = _trainer()
+    trainer = make_trainer()
     with torch.no_grad():
         trainer.model.item_bias.fill_(math.nan)
     with pytest.raises(TrainingError, match=r"lower optimiser.learning_rate"):
@@ -199,7 +253,7 @@ def test_the_rate_climbs_and_then_falls_to_its_final_share():
 
 
 def test_only_matrices_of_linear_layers_decay():
-    trainer = _trainer()
+    trainer = make_trainer()
     decayed, kept = make_optimiser(trainer.model, OptimiserConfig()).param_groups
     assert decayed["weight_decay"] > 0
     assert kept["weight_decay"] == 0

@@ -33,7 +33,7 @@ def _windows(lengths, max_len):
 def test_validation_and_test_items_are_never_gathered():
     windows = _windows([6, 5], max_len=50)
     seen = set()
-    for starts, lengths in windows.batches(2, seed=0):
+    for starts, lengths, _ in windows.batches(2, seed=0):
         seen |= set(windows.gather(starts, lengths)[0].flatten().tolist())
     assert seen - {PAD} == {
         2,
@@ -66,16 +66,42 @@ def test_a_long_sequence_gives_several_windows_that_cover_its_end():
 def test_ranks_share_one_permutation_and_overlap_only_to_fill_the_last_batch():
     windows = _windows([5] * 8, max_len=10)
     starts = [
-        torch.cat([batch[0] for batch in windows.batches(2, seed=3, rank=rank, world_size=2)])
+        torch.cat([batch[0] for batch in windows.batches(4, seed=3, rank=rank, world_size=2)])
         for rank in (0, 1)
     ]
     assert sorted(torch.cat(starts).tolist()) == [0, 5, 10, 15, 20, 25, 30, 35]
 
 
+def test_how_many_ranks_there_are_does_not_change_a_global_batch():
+    windows = _windows([30, 12, 9, 4, 17], max_len=8)
+
+    def batches(world_size):
+        parts = [
+            windows.batches(6, seed=2, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        return [
+            torch.cat([torch.stack(p) for p in part], 1).tolist()
+            for part in zip(*parts, strict=True)
+        ]
+
+    assert batches(1) == batches(2) == batches(4)
+
+
+def test_an_epoch_can_go_on_in_its_middle():
+    windows = _windows([30, 12, 9, 4], max_len=8)
+    whole, rest = (
+        [batch.starts_B.tolist() for batch in windows.batches(2, 0, first=first)]
+        for first in (0, 3)
+    )
+    assert rest == whole[3:]
+    assert rest
+
+
 def test_every_rank_gets_as_many_batches():
     windows = _windows([5] * 7, max_len=10)
-    counts = [len(list(windows.batches(2, 0, rank=rank, world_size=2))) for rank in (0, 1)]
-    assert counts == [windows.num_batches(2, 2)] * 2 == [2, 2]
+    counts = [len(list(windows.batches(4, 0, rank=rank, world_size=2))) for rank in (0, 1)]
+    assert counts == [windows.num_batches(4)] * 2 == [2, 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -90,5 +116,5 @@ def test_users_without_a_target_have_no_window():
     is_target = np.zeros(18, bool)
     is_target[[3, 6]] = True  # the second user's target has nothing before it
     windows = Windows(store, whole_sequences(store.offsets_U), 10, _CPU, is_target)
-    ((starts, _),) = windows.batches(1, seed=0)
+    ((starts, _, _),) = windows.batches(1, seed=0)
     assert starts.tolist() == [0]

@@ -1,0 +1,85 @@
+"""A checkpoint is whole or refused."""
+
+import json
+
+import pytest
+import torch
+
+from recsys.checkpoint import load_checkpoint, read_weights, save_checkpoint, verify_checkpoint
+from recsys.errors import CheckpointError
+from tests.recsys.test_trainer import make_trainer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer = make_trainer(max_epochs=3)
+    trainer.train_epoch()
+    save_checkpoint(tmp_path, trainer)
+    return tmp_path
+
+
+def content_of(folder):
+    (path,) = folder.glob("training-*.pt")
+    return path
+
+
+def test_weights_come_back(saved):
+    trainer = make_trainer(max_epochs=3)
+    load_checkpoint(saved, trainer)
+    weights = read_weights(saved)
+    assert trainer.epoch == 1
+    assert all(torch.equal(weights[name], w) for name, w in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "unsealed", "no seal"])
+def test_what_is_damaged_is_refused(saved, damage):
+    path, seal = content_of(saved), saved / "seal.json"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "unsealed":
+        seal.unlink()
+    else:
+        seal.write_text("{")
+    trainer = make_trainer(max_epochs=3)
+    with pytest.raises(CheckpointError, match=r"not whole|cut off or altered"):
+        load_checkpoint(saved, trainer)
+    assert trainer.epoch == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved):
+    other = make_trainer("sasrec-ce", max_epochs=3, overrides={"model": {"num_layers": 1}})
+    with pytest.raises(CheckpointError, match="is of another training"):
+        load_checkpoint(saved, other)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(saved, monkeypatch):
+    before = json.loads((saved / "seal.json").read_text())
+    trainer = make_trainer(max_epochs=3)
+    load_checkpoint(saved, trainer)
+    trainer.train_epoch()
+
+    def fail(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(saved, trainer)
+    verify_checkpoint(saved)
+    assert json.loads((saved / "seal.json").read_text()) == before
+    assert sorted(path.name for path in saved.iterdir()) == ["seal.json", before["file"]]
+
+
+def test_a_later_checkpoint_takes_the_place_of_the_earlier_one(saved):
+    trainer = make_trainer(max_epochs=3)
+    load_checkpoint(saved, trainer)
+    trainer.train_epoch()
+    save_checkpoint(saved, trainer)
+    assert [path.name for path in saved.glob("training-*.pt")] == ["training-2-0.pt"]
+    verify_checkpoint(saved)

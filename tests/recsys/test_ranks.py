@@ -1,0 +1,78 @@
+"""Training on several ranks, each a process of its own, over gloo."""
+
+import datetime
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from recsys.ranks import gather_lists, gather_rows, sum_over_ranks
+from tests.recsys.test_trainer import make_trainer
+
+_CASES = {
+    "bert4rec": {"objective": {"random_share": 0.1, "kept_share": 0.1}},
+    "sasrec-ce": {},
+    "rss": {},
+    "gsasrec": {"loss": {"negatives": {"num": 5, "group_size": 7}}},
+    "esasrec": {"loss": {"negatives": {"source": "mixed", "num": 5, "group_size": None}}},
+}
+
+
+def train(recipe):
+    # 14 windows a batch: three ranks have parts of different sizes.
+    trainer = make_trainer(recipe, max_epochs=2, batch_size=14, overrides=_CASES[recipe])
+    losses = [trainer.train_epoch() for _ in range(2)]
+    return {
+        "losses": [report.loss for report in losses],
+        "ndcg10": [report.ndcg10 for report in losses],
+        "weights": trainer.model.state_dict(),
+    }
+
+
+def run_rank(rank, world_size, folder):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    own = torch.arange(rank + 1) + 10 * rank
+    told = {
+        "sums": sum_over_ranks([float(rank), 1.0], torch.device("cpu")),
+        "rows": gather_rows(torch.full((2, 2), rank)).tolist(),
+        "lists": gather_lists(own, [number + 1 for number in range(world_size)]).tolist(),
+    }
+    torch.save(told | {recipe: train(recipe) for recipe in _CASES}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(3, str(folder)), nprocs=3, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+def test_ranks_tell_each_other_sums_rows_and_lists(three_ranks):
+    for told in three_ranks:
+        assert told["sums"] == [3, 3]
+        assert told["rows"] == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
+        assert told["lists"] == [0, 10, 11, 20, 21, 22]
+
+
+@pytest.mark.parametrize("recipe", _CASES)
+def test_how_many_ranks_train_makes_no_difference(three_ranks, recipe):
+    alone, ranks = train(recipe), [told[recipe] for told in three_ranks]
+    for together in ranks:
+        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert together["ndcg10"] == pytest.approx(alone["ndcg10"], abs=0.02)
+        for name, weight in alone["weights"].items():
+            # Two epochs at a rate of 5e-3: a weight moves by some 0.05, another draw of the
+            # dropout by as much.
+            torch.testing.assert_close(together["weights"][name], weight, rtol=0, atol=5e-4)
+            assert torch.equal(together["weights"][name], ranks[0]["weights"][name])
