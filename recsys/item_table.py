@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recsys.attributes import AttributeEncoder, ItemCodes
 from recsys.catalogue import NUM_SPECIAL, PAD, Catalogue
+from recsys.touched_rows import TouchedRows
 
 
 class ItemTable(nn.Embedding):
@@ -21,6 +22,14 @@ class ItemTable(nn.Embedding):
 
     def __init__(self, num_rows: int, dim: int, weight_ID: Tensor | None = None) -> None:
         super().__init__(num_rows, dim, padding_idx=PAD, _weight=weight_ID)
+
+        self.touched: TouchedRows | None = None
+        """In a training step: where rows are looked up instead."""
+
+    def forward(self, items: Tensor) -> Tensor:
+        if self.touched is not None and self.training:
+            return self.touched.look_up(self.weight, items)
+        return super().forward(items)
 
     def all(self) -> Tensor:
         """The vectors of all items, `[I, D]`."""
@@ -125,11 +134,11 @@ class AttributeBias(nn.Module):
         self.features = features
         self.attributes = nn.Parameter(torch.zeros(features.num_codes, 1))
 
-    def forward(self, item_bias_I: Tensor, items: Tensor | None = None) -> Tensor:
-        """Biases of the items `[...]`, or of all `[I]`."""
+    def forward(self, ids: Tensor, items: Tensor | None = None) -> Tensor:
+        """Biases of the items `[...]`, or of all `[I]`, from those of their ids."""
         rows = slice(None) if items is None else items
         features = self.features
-        ids = item_bias_I[rows].masked_fill(features.is_hidden_I[rows], 0)
+        ids = ids.masked_fill(features.is_hidden_I[rows], 0)
         biases = ids + features.pool(self.attributes, items).squeeze(-1)
         if self.training:
             return biases.masked_fill(features.is_untrained_I[rows], float("-inf"))

@@ -6,7 +6,7 @@ doi:10.1109/ICDM.2018.00035).
 """
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from recsys.item_table import (
 )
 from recsys.model_config import ModelConfig
 from recsys.randomness import Noise
+from recsys.touched_rows import TouchedRows
 
 
 class ContextEmbedding(nn.Module):
@@ -94,11 +95,21 @@ class NextItemModel(nn.Module):
         """The vectors `[I, D]` and biases `[I]` of items as losses look at them: rows that cost
         something are computed when they are indexed.
         """
-        if self.attribute_bias is None:
+        if self.attribute_bias is None and self._output_table.touched is None:
             return self.output_table_ID, self.item_bias
         table, num_rows = self._output_table, len(self.item_bias)
         vectors = Rows(lambda items: table.all() if items is None else table(items), num_rows)
         return vectors, Rows(self._biases, num_rows)
+
+    def touch(self, touched: TouchedRows | None) -> None:
+        """Where training looks up the rows of items on from here; None: in the tables."""
+        for table in self._tables:
+            table.touched = touched
+
+    @property
+    def item_parameters(self) -> list[Tensor]:
+        """The parameters that have a row an item."""
+        return [*(table.weight for table in self._tables), self.item_bias]
 
     def hide_ids(self, generator: torch.Generator) -> None:
         """Draws whose ids are hidden in the next training step; nothing without attributes."""
@@ -115,7 +126,7 @@ class NextItemModel(nn.Module):
         with torch.no_grad():
             # What the copy finds in here it takes instead of copying.
             plain: dict[int, Any] = {id(self.item_bias): nn.Parameter(self._biases())}
-            for table in filter(None, (self.items, self.outputs)):
+            for table in self._tables:
                 plain[id(table)] = ItemTable(len(table.weight), self.config.dim, table.all())
             plain[id(self.attribute_bias)] = None
             return copy.deepcopy(self, plain)
@@ -142,7 +153,8 @@ class NextItemModel(nn.Module):
         """
         L = items_BL.shape[1]
         # Positions count back from the most recent one, whatever the length of the batch.
-        x_BLD = self.items(items_BL) + self.positions.weight[self.config.max_len - L :]
+        x_BLD = self.items(items_BL) * (self.config.dim**0.5 if self.config.scale_items else 1.0)
+        x_BLD = x_BLD + self.positions.weight[self.config.max_len - L :]
         if self.context is not None:
             x_BLD = x_BLD + self.context(context_BLF)
         if self.request is not None:
@@ -166,9 +178,18 @@ class NextItemModel(nn.Module):
     def _output_table(self) -> ItemTable:
         return self.items if self.outputs is None else self.outputs
 
+    @property
+    def _tables(self) -> list[ItemTable]:
+        return [self.items] if self.outputs is None else [self.items, self.outputs]
+
     def _biases(self, items: Tensor | None = None) -> Tensor:
-        assert self.attribute_bias is not None
-        biases: Tensor = self.attribute_bias(self.item_bias, items)
+        ids = cast(Tensor, self.item_bias)
+        if items is not None:
+            touched = self.items.touched if self.training else None
+            ids = ids[items] if touched is None else touched.look_up(self.item_bias, items)
+        if self.attribute_bias is None:
+            return ids
+        biases: Tensor = self.attribute_bias(ids, items)
         return biases
 
     def _seen(self, items_BL: Tensor, seconds_BL2: Tensor) -> Seen:

@@ -22,6 +22,9 @@ class ModelConfig(BaseModel):
     """ligr: residuals with a gate and SwiGLU, which stay trainable when layers are many."""
     separate_output: bool = False
     """Items are scored by vectors of their own instead of those that sequences are read with."""
+    scale_items: bool = False
+    """Multiplies item vectors by the root of `dim` before positions are added to them (Vaswani et
+    al., 2017, and SASRec), so that the item itself weighs more in what the blocks pass on."""
     id_dropout: float = Field(0.2, ge=0, lt=1)
     """With attributes: share of the items whose ids are hidden in a training step, so that their
     attributes learn to stand for an item that is new."""

@@ -33,9 +33,9 @@ def gather_rows(rows_RN: Tensor) -> Tensor:
 
 
 def gather_lists(values_M: Tensor, lengths: list[int]) -> Tensor:
-    """The values of all ranks one after the other; of rank r there are `lengths[r]`."""
+    """The values `[M, ...]` of all ranks one after the other; of rank r there are `lengths[r]`."""
     if not dist.is_initialized():
         return values_M
-    padded = F.pad(values_M, (0, max(lengths) - len(values_M)))
-    parts = gather_rows(padded[None])
+    missing = [0, 0] * (values_M.ndim - 1) + [0, max(lengths) - len(values_M)]
+    parts = gather_rows(F.pad(values_M, missing)[None])
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -31,6 +31,15 @@ class Recipe(BaseModel):
     """Windows in a global batch, over all workers."""
 
     @model_validator(mode="after")
+    def _full_softmax_looks_at_all(self) -> "Recipe":
+        if self.loss.kind == "full-softmax" and self.optimiser.item_rows == "touched":
+            raise ValueError(
+                "a full softmax looks at every item; set optimiser.item_rows to all, or loss.kind "
+                "to sampled-softmax"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits_attention(self) -> "Recipe":
         wanted = _OBJECTIVES[self.model.attention]
         if self.objective.kind not in wanted:

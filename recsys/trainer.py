@@ -4,7 +4,6 @@ It knows ranks only through `torch.distributed`; `ray_jobs.train` runs one of th
 """
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -17,23 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys.batches import Batch, BatchMaker, TargetWeights
-from recsys.context import NO_TIME, count_seconds
+from recsys.assembly import Assembler, Piece
 from recsys.errors import TrainingError
 from recsys.evaluation import rank_targets
-from recsys.interactions import training_positions
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
-from recsys.negatives import BatchTargets, NegativeSampler
-from recsys.optimiser import make_optimiser, scheduled_rate
-from recsys.randomness import Draws, Purpose
-from recsys.ranks import gather_lists, gather_rows, rank_and_world_size, sum_over_ranks
+from recsys.optimiser import Optimiser, scheduled_rate
+from recsys.randomness import Purpose
+from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.scorer import ModelScorer
 from recsys.splits import Split
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
-from recsys.windows import Places, Windows
+from recsys.touched_rows import TouchedRows
+from recsys.windows import Places
 
 
 class TrainerConfig(BaseModel):
@@ -85,17 +82,6 @@ class _Progress:
     weight: float | Tensor = 0.0
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a global batch that is trained at once."""
-
-    batch: Batch
-    draws: Draws
-    of_batch: BatchTargets
-    share: float
-    """Of the weight of the global batch."""
-
-
 class Trainer:
     """Trains `model` on the windows of a token store.
 
@@ -137,32 +123,26 @@ class Trainer:
         self._filter_seen = filter_seen
         self._refuse_empty_parts()
 
-        # Of a causal window one event at least is a target and no input, so it is one event longer.
-        window = recipe.model.max_len + (recipe.model.attention == "causal")
-        new_since = _count_from_first(store.timestamps_T, new_since_s)
-        is_target_T = _mark_targets(store, targets, new_since)
-        self._windows = Windows(store, split, window, device, is_target_T)
-        if len(self._windows) == 0:
-            since = "" if new_since_s is None else ", or none of them is new"
-            raise TrainingError(
-                f"No user has two training events, the later one a target{since}; there is nothing "
-                "to learn from."
-            )
-        self._batch_maker = BatchMaker(
-            recipe.objective,
-            torch.from_numpy(known_at_request_F).to(device),
+        self._assembler = Assembler(
+            recipe,
+            store,
+            split,
+            known_at_request_F,
             num_rows=len(model.item_bias),
-            targets=None if targets is None else TargetWeights.of(targets, device),
-            new_since=new_since,
+            seed=seed,
+            micro_batches=config.micro_batches,
+            device=device,
+            targets=targets,
+            new_since_s=new_since_s,
         )
-        self._sampler = self._make_sampler(is_target_T)
         self._validation_users = _sample_users(split.validation_U, config.validation_users, seed)
-        self._replica: nn.Module = self.model
-        if self.world_size > 1:
-            # Buffers are the same everywhere; the attributes of millions of items would travel.
-            self._replica = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self._optimiser = make_optimiser(self.model, recipe.optimiser)
-        self.steps_per_epoch = self._windows.num_batches(recipe.batch_size)
+        self._touched = None
+        if recipe.optimiser.item_rows == "touched":
+            self._touched = TouchedRows(self.model.item_parameters)
+            self.model.touch(self._touched)
+        self._replica = self._replicate()
+        self._optimiser = Optimiser(self.model, recipe.optimiser, self._touched)
+        self.steps_per_epoch = self._assembler.windows.num_batches(recipe.batch_size)
         self.epoch = 0
         self.best_ndcg10 = -math.inf
         self.best_epoch = 0
@@ -189,7 +169,7 @@ class Trainer:
         start = time.perf_counter()
         self.model.train()
         first, num_tokens = self.step, 0
-        for places in self._windows.batches(
+        for places in self._assembler.windows.batches(
             self.recipe.batch_size,
             self.seed + self.epoch,
             rank=self.rank,
@@ -252,7 +232,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that a resumed run needs, as tensors and plain values."""
         return {
-            "optimiser": self._optimiser.state_dict(),
+            "optimiser": self._optimiser.state(),
             "epoch": self.epoch,
             "progress": {
                 "step": self.step,
@@ -267,7 +247,7 @@ class Trainer:
     def restore(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Continues after the step at whose end `state()` and the weights were taken."""
         self.model.load_state_dict(weights)
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.restore(state["optimiser"])
         self.epoch = state["epoch"]
         progress = _Progress(**state["progress"])
         self._progress = progress if self.rank == 0 else _Progress(progress.step)
@@ -280,12 +260,14 @@ class Trainer:
         return loss_sum, weight
 
     def _train_step(self, places: Places) -> None:
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate()
-        pieces = self._assemble(places)
+        number = self.epoch * self.steps_per_epoch + self.step
+        pieces = self._assembler.assemble(places, number)
+        if self.device.type == "cuda":
+            torch.manual_seed(number * self.world_size + self.rank)
         # Every rank hides the same ids.
         self.model.hide_ids(pieces[0].draws.generator(Purpose.HIDDEN_IDS))
-        self._optimiser.zero_grad(set_to_none=True)
+        if self._touched is not None:
+            self._touched.open(torch.cat([items for piece in pieces for items in piece.items]))
         for piece in pieces:
             is_last = piece is pieces[-1]
             with contextlib.nullcontext() if is_last else self._without_exchange():
@@ -294,49 +276,11 @@ class Trainer:
                 torch.autograd.backward(loss * (piece.share * self.world_size))
             self._progress.loss_sum += loss.detach() * piece.batch.weight
             self._progress.weight += piece.batch.weight
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip_norm)
-        self._optimiser.step()
+        self._optimiser.step(self._learning_rate())
+        self._optimiser.zero_grad()
         self._progress.step += 1
 
-    def _assemble(self, places: Places) -> list[_Piece]:
-        """The pieces of this rank's part of a global batch, and where they lie in it."""
-        number = self.epoch * self.steps_per_epoch + self.step
-        if self.device.type == "cuda":
-            torch.manual_seed(number * self.world_size + self.rank)
-        parts = places.split(self.config.micro_batches)
-        draws = [Draws(self.seed, number, part.rows_B) for part in parts]
-        batches = [
-            self._batch_maker.make(*self._windows.gather(part.starts_B, part.lengths_B), drawn)
-            for part, drawn in zip(parts, draws, strict=True)
-        ]
-        counts = torch.tensor(
-            [[len(batch.targets_M), float(batch.weight)] for batch in batches],
-            dtype=torch.float64,
-            device=self.device if self.world_size > 1 else "cpu",
-        )
-        lengths, weights = gather_rows(counts).T.tolist()
-        total, mine = sum(weights) or 1.0, self.rank * len(parts)
-        firsts = [int(first) for first in itertools.accumulate(lengths, initial=0)]
-        whole = self._gather_targets(batches, firsts)
-        return [
-            _Piece(
-                batch,
-                draws[i],
-                BatchTargets(batch.targets_M if whole is None else whole, firsts[mine + i]),
-                weights[mine + i] / total,
-            )
-            for i, batch in enumerate(batches)
-        ]
-
-    def _gather_targets(self, batches: list[Batch], firsts: list[int]) -> Tensor | None:
-        """The targets of the global batch, where negatives are among them."""
-        if self._sampler is None or not self._sampler.reads_batch:
-            return None
-        ends = firsts[:: len(batches)]
-        lengths = [end - start for start, end in itertools.pairwise(ends)]
-        return gather_lists(torch.cat([batch.targets_M for batch in batches]), lengths)
-
-    def _loss(self, piece: _Piece) -> Tensor:
+    def _loss(self, piece: Piece) -> Tensor:
         batch = piece.batch
         noise = piece.draws.noise(batch.items_BL.shape[1])
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -344,17 +288,29 @@ class Trainer:
                 batch.items_BL, batch.context_BLF, batch.request_BLF, batch.seconds_BL2, noise
             )
         hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(self.dtype)
-        negatives = None
-        if self._sampler is not None:
-            negatives = self._sampler.draw(batch.targets_M, piece.draws, piece.of_batch)
         return compute_loss(
             self.recipe.loss,
             hidden_MD,
             *self.model.output_rows(),
             batch.targets_M,
-            negatives,
+            piece.negatives,
             batch.weights_M,
         )
+
+    def _replicate(self) -> nn.Module:
+        if self.world_size == 1:
+            return self.model
+        if self._touched is not None:
+            # Their rows are exchanged apart from the others.
+            tables = [
+                name
+                for name, parameter in self.model.named_parameters()
+                if any(parameter is table for table in self._touched.tables)
+            ]
+            ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self.model, tables)  # type: ignore[no-untyped-call]
+        # Buffers are the same everywhere; the attributes of millions of items would travel.
+        return DistributedDataParallel(self.model, broadcast_buffers=False)
 
     def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._replica, DistributedDataParallel):
@@ -369,18 +325,6 @@ class Trainer:
                 f"{self.world_size} workers in {self.config.micro_batches} parts each; raise "
                 "batch_size or lower train.num_workers."
             )
-
-    def _make_sampler(self, is_target_T: np.ndarray | None) -> NegativeSampler | None:
-        if self.recipe.loss.kind == "full-softmax":
-            return None
-        config = self.recipe.loss.negatives
-        positions_T = training_positions(self._store, self._split)
-        if is_target_T is not None and config.source in ("in-batch", "mixed"):
-            # What the batch brings are targets: an item is among them as often as it is one.
-            positions_T = positions_T[is_target_T[positions_T]]
-        items_T = self._store.items_T[positions_T]
-        counts_I = np.bincount(items_T, minlength=len(self.model.item_bias))
-        return NegativeSampler(config, torch.from_numpy(counts_I).to(self.device))
 
     def _learning_rate(self) -> float:
         number = self.epoch * self.steps_per_epoch + self.step
@@ -412,28 +356,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
         precision = "bf16" if is_native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _count_from_first(timestamps_T: np.ndarray, moment_s: int | None) -> int:
-    """A moment on the scale of `context.count_seconds`; 0 for none."""
-    times_T = timestamps_T[timestamps_T != NO_TIME]
-    if moment_s is None or len(times_T) == 0:
-        return 0
-    return max(1, (moment_s * 1_000_000 - int(times_T.min())) // 1_000_000 + 1)
-
-
-def _mark_targets(
-    store: TokenStore, targets: TargetEvents | None, new_since: int
-) -> np.ndarray | None:
-    """Which events are learned to be predicted, bool `[T]`; None for all."""
-    if targets is None and not new_since:
-        return None
-    is_target_T = np.ones(store.num_tokens, bool)
-    if targets is not None:
-        is_target_T &= targets.mark(store.context_TF)
-    if new_since:
-        is_target_T &= count_seconds(store.timestamps_T) >= new_since
-    return is_target_T
 
 
 def _sample_users(targets_U: np.ndarray, num_users: int, seed: int) -> np.ndarray:

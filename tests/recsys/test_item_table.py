@@ -11,7 +11,7 @@ from recsys.losses import LossConfig, compute_loss
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.negatives import Negatives, NegativesConfig
-from recsys.optimiser import make_optimiser
+from recsys.optimiser import Optimiser
 from recsys.recipe import read_recipe
 
 _COLD = 4
@@ -126,7 +126,8 @@ def test_a_cold_item_is_no_worse_for_its_bias():
     with torch.no_grad():
         bias.attributes.copy_(torch.tensor([[0.0], [0.5], [0.25], [0.0]]))
     assert bias(item_bias_I).tolist() == [0.0, 0.0, 3.5, 1.0, 0.75]
-    assert bias(item_bias_I, torch.tensor([[4, 2]])).tolist() == [[0.75, 3.5]]
+    items = torch.tensor([[4, 2]])
+    assert bias(item_bias_I[items], items).tolist() == [[0.75, 3.5]]
 
 
 def test_cold_items_take_no_part_in_training():
@@ -241,7 +242,8 @@ def test_codes_nobody_has_learned_mean_nothing():
 
 def test_no_vector_of_an_item_or_attribute_decays():
     model = make_model()
-    _, kept = make_optimiser(model, read_recipe("sasrec-ce").optimiser).param_groups
+    (part,) = Optimiser(model, read_recipe("sasrec-ce").optimiser).parts
+    _, kept = part.param_groups
     kept_ids = {id(parameter) for parameter in kept["params"]}
     for module in (model.items, model.attribute_bias):
         assert {id(parameter) for parameter in module.parameters()} <= kept_ids

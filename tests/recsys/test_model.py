@@ -197,3 +197,12 @@ def test_separate_outputs_score_items_by_vectors_of_their_own():
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValidationError, match="dim 10 is not divisible by num_heads 4"):
         ModelConfig(dim=10, num_heads=4)
+
+
+def test_items_can_be_scaled_by_the_root_of_the_width():
+    plain, scaled = _model(), _model(scale_items=True)
+    inputs = _inputs([[2, 3, 4]])
+    assert not torch.allclose(plain(*inputs), scaled(*inputs))
+    with torch.no_grad():
+        scaled.items.weight /= 4  # the root of 16
+    torch.testing.assert_close(plain(*inputs), scaled(*inputs))

@@ -16,6 +16,7 @@ _CASES = {
     "sasrec-ce": {},
     "rss": {},
     "gsasrec": {"loss": {"negatives": {"num": 5, "group_size": 7}}},
+    "sasrec": {"optimiser": {"learning_rate": 5e-3, "item_rows": "touched"}},
     "esasrec": {"loss": {"negatives": {"source": "mixed", "num": 5, "group_size": None}}},
 }
 

@@ -12,7 +12,7 @@ from recsys.checkpoint import load_checkpoint, save_checkpoint
 from recsys.errors import TrainingError
 from recsys.model import NextItemModel
 from recsys.negatives import BatchTargets
-from recsys.optimiser import OptimiserConfig, make_optimiser, scheduled_rate
+from recsys.optimiser import Optimiser, OptimiserConfig, scheduled_rate
 from recsys.randomness import Draws
 from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig, leave_one_out, split_tokens
@@ -138,7 +138,7 @@ def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
     data = {"split": split, "targets": _PURCHASES}
     trainer = make_trainer("esasrec", store=store, overrides={"loss": loss}, data=data)
     targets = torch.tensor([6, 7])
-    drawn = trainer._sampler.draw(targets, Draws(0, 0, targets), BatchTargets(targets))
+    drawn = trainer._assembler.sampler.draw(targets, Draws(0, 0, targets), BatchTargets(targets))
     # Items 6 and 7 are the two targets: each is expected once among two.
     assert drawn.log_expected_GN.tolist() == [[0.0, 0.0]]
 
@@ -209,9 +209,9 @@ def test_only_new_events_are_learned_and_old_ones_are_read():
     store.timestamps_T[:] = 1_000_000 * (1_000 + np.tile(np.arange(12), 4))
     store.timestamps_T[:12] -= 500_000_000  # nothing new of the first user
     trainer = make_trainer("sasrec-ce", store=store, data={"new_since_s": 1_006}, batch_size=3)
-    (places,) = trainer._windows.batches(3, 0)
+    (places,) = trainer._assembler.windows.batches(3, 0)
     assert sorted(places.starts_B.tolist()) == [12, 24, 36]
-    (piece,) = trainer._assemble(places)
+    (piece,) = trainer._assembler.assemble(places, 0)
     # Training events are those of the seconds 1,000 to 1,009.
     assert piece.batch.items_BL.shape == (3, 9)
     assert sorted((piece.batch.scored_M % 9).tolist()) == [5] * 3 + [6] * 3 + [7] * 3 + [8] * 3
@@ -254,7 +254,8 @@ def test_the_rate_climbs_and_then_falls_to_its_final_share():
 
 def test_only_matrices_of_linear_layers_decay():
     trainer = make_trainer()
-    decayed, kept = make_optimiser(trainer.model, OptimiserConfig()).param_groups
+    (part,) = Optimiser(trainer.model, OptimiserConfig()).parts
+    decayed, kept = part.param_groups
     assert decayed["weight_decay"] > 0
     assert kept["weight_decay"] == 0
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
