@@ -15,6 +15,9 @@ from recsys.catalogue import NUM_SPECIAL, PAD
 from recsys.item_table import Rows, all_rows
 from recsys.negatives import Negatives, NegativesConfig
 
+_LEAST_POSITIONS = 64
+"""Products of fewer rows waste what the other side costs to read."""
+
 
 class LossConfig(BaseModel):
     """Which loss, and its own parameters."""
@@ -96,10 +99,11 @@ class _FullSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_MD, grad_table_ID, grad_bias_I = ctx.saved_tensors
         scale = grad / ctx.total
+        # In place: of millions of items there is no room for a second gradient.
         return (
-            grad_hidden_MD * scale.to(grad_hidden_MD.dtype),
-            (grad_table_ID * scale).to(ctx.table_dtype),
-            grad_bias_I * scale,
+            grad_hidden_MD.mul_(scale.to(grad_hidden_MD.dtype)),
+            grad_table_ID.mul_(scale).to(ctx.table_dtype),
+            grad_bias_I.mul_(scale),
             None,
             None,
             None,
@@ -233,9 +237,16 @@ def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:
     return negatives.per_position(negatives.items_GN, len(targets_M)) == targets_M[:, None]
 
 
+def block_bytes(is_cuda: bool, num_rows: int, element_bytes: int) -> int:
+    """What the logits of a block of `full_softmax` take by default."""
+    budget_bytes = 2**29 if is_cuda else 2**22
+    return max(budget_bytes, _LEAST_POSITIONS * num_rows * element_bytes)
+
+
 def _fitting_block(hidden_MD: Tensor, num_rows: int) -> int:
-    budget_bytes = 2**29 if hidden_MD.is_cuda else 2**22
-    return max(budget_bytes // (num_rows * hidden_MD.element_size()), 64)
+    element_bytes = hidden_MD.element_size()
+    of_block = block_bytes(hidden_MD.is_cuda, num_rows, element_bytes)
+    return of_block // (num_rows * element_bytes)
 
 
 def _weighted_mean(costs_M: Tensor, weights_M: Tensor) -> Tensor:

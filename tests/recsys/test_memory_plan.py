@@ -1,0 +1,67 @@
+"""What a training will hold in memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recsys.errors import TrainingError
+from recsys.memory_plan import Workload, plan_memory, refuse_what_cannot_fit
+from recsys.recipe import read_recipe
+
+_LOAD = Workload(
+    num_rows=100_000, num_tokens=1_000_000, context_sizes=(), windows=32, dtype=torch.float32
+)
+_WIDE = {"model": {"dim": 256, "num_heads": 4}}
+
+
+def test_weights_moments_and_gradients_are_counted_by_hand():
+    recipe = read_recipe("sasrec-ce", {"model": {"dim": 64}})
+    parts = plan_memory(recipe, _LOAD).parts
+    # Two blocks of 12 D^2 + 13 D, positions, the last norm, and a vector and a bias an item.
+    encoder = 2 * (12 * 64**2 + 13 * 64) + 50 * 64 + 2 * 64
+    weights = encoder + 100_000 * 65
+    assert parts["weights"] == 4 * weights
+    assert parts["moments"] == 8 * weights
+    assert parts["gradients"] == 4 * weights
+    assert parts["tokens"] == 8_000_000
+
+
+def test_rows_that_are_touched_alone_have_no_gradient_of_the_table():
+    sampled = read_recipe("esasrec", {"optimiser": {"item_rows": "touched"}})
+    every = read_recipe("esasrec")
+    saved = plan_memory(every, _LOAD).total_bytes - plan_memory(sampled, _LOAD).total_bytes
+    assert saved == 4 * 100_000 * 65
+
+
+@pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce", "gsasrec", "rss"])
+def test_activations_grow_with_the_windows(recipe):
+    one, two = (
+        plan_memory(read_recipe(recipe), replace(_LOAD, windows=windows)).parts["activations"]
+        for windows in (32, 64)
+    )
+    assert one > 32 * 50 * 64 * 4  # more than the states of one layer
+    assert two == pytest.approx(2 * one, rel=0.2)
+
+
+def test_what_fits_is_planned():
+    recipe = read_recipe("sasrec-ce")
+    plan = refuse_what_cannot_fit(recipe, _LOAD, 2**33)
+    assert plan == plan_memory(recipe, _LOAD)
+    assert str(plan).startswith(f"{plan.total_bytes / 1e9:.2f} GB (weights 0.03, moments 0.05")
+
+
+def test_what_cannot_fit_is_refused_with_two_settings_that_would():
+    load = replace(_LOAD, num_rows=2_000_000)
+    recipe = read_recipe("sasrec-ce", _WIDE)
+    with pytest.raises(TrainingError) as refused:
+        refuse_what_cannot_fit(recipe, load, 8 * 10**9)
+    message = str(refused.value)
+    assert "where 8.00 GB are free" in message
+    assert "loss.kind = 'sampled-softmax' with optimiser.item_rows = 'touched' (" in message
+    assert "or model.item_codes = { length = 8 } (" in message
+
+
+def test_what_nothing_helps_is_said():
+    with pytest.raises(TrainingError, match="nothing that can be set would make it fit"):
+        refuse_what_cannot_fit(read_recipe("sasrec-ce", _WIDE), _LOAD, 1_000)
