@@ -81,6 +81,7 @@ class Trainer:
         targets: which events are predicted, and what they weigh; None: all, the same. The split
             must have been made with them.
         filter_seen: whether validation leaves items of the history out of the ranking.
+        new_since_s: only events from then on are targets, seconds since the epoch.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Trainer:
         device: torch.device,
         targets: TargetEvents | None = None,
         filter_seen: bool = True,
+        new_since_s: int | None = None,
     ) -> None:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.rank, self.world_size = _rank_and_world_size()
@@ -109,6 +111,9 @@ class Trainer:
         # Of a causal window one event at least is a target and no input, so it is one event longer.
         window = recipe.model.max_len + (recipe.model.attention == "causal")
         is_target_T = None if targets is None else targets.mark(store.context_TF)
+        if new_since_s is not None:
+            is_new_T = store.timestamps_T >= new_since_s * 1_000_000
+            is_target_T = is_new_T if is_target_T is None else is_new_T & is_target_T
         self._windows = Windows(store, split, window, device, is_target_T)
         if len(self._windows) == 0:
             raise TrainingError(
