@@ -2,20 +2,34 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train import Checkpoint
 
-from ray_jobs import start, train
+from ray_jobs import build_sequences, evaluate, generate, ingest, start, train
+from ray_jobs import publish as publish_job
 from ray_jobs.config import StartConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import load_config, main
-from ray_jobs.sequences_reader import Learned, Vocabulary
+from ray_jobs.runs import open_run
+from ray_jobs.sequences_reader import (
+    Learned,
+    Vocabulary,
+    collect_tokens,
+    load_tokens,
+    open_sequences,
+)
 from ray_jobs.start import drop_start, load_start, open_start
-from recsys.artifact import publish
+from recsys.artifact import load_artifact, publish, sha256_of
 from recsys.errors import ArtifactError
 from recsys.recipe import read_recipe
-from recsys.registry import promote
+from recsys.registry import promote, serving_version
+from recsys.trainer import TrainerConfig, save_checkpoint
 from tests.conftest import START_US, write_artifact
 from tests.ray_jobs.conftest import tiny_config
 
@@ -162,6 +176,35 @@ def test_a_run_that_goes_on_keeps_the_version_that_it_began_with(configure, root
         find(configure("train.start.artifact=v2"), run)
 
 
+def test_a_worker_takes_the_start_and_a_later_one_the_checkpoint(
+    configure, root, shop, tmp_path, monkeypatch
+):
+    config, vocabulary = configure(), Vocabulary(shop.catalogue, shop.context)
+    recipe = read_recipe(config.train.recipe, config.train.overrides)
+    found = find(config, tmp_path)
+    found.write(tmp_path, vocabulary, seed=0)
+    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(train, "collect_tokens", lambda *_: shop.store)
+    monkeypatch.setattr("ray.train.get_dataset_shard", lambda _: None)
+
+    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path)
+    trainer = train._build_trainer(plan, shop.store)
+    assert torch.equal(trainer.model.item_bias, found.artifact.load_model().item_bias)
+
+    trainer.epoch = config.train.trainer.max_epochs  # nothing is left to do
+    with torch.no_grad():
+        trainer.model.item_bias.fill_(7)
+    (tmp_path / "checkpoint").mkdir()
+    save_checkpoint(tmp_path / "checkpoint", trainer)
+    checkpoint = Checkpoint.from_directory(tmp_path / "checkpoint")
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: checkpoint)
+    later = train._build_trainer(plan, shop.store)
+    monkeypatch.setattr(train, "_build_trainer", lambda *_: later)
+    train.train_worker({"plan": plan})
+    assert later.epoch == trainer.epoch
+    assert (later.model.item_bias == 7).all()
+
+
 def test_a_run_that_began_with_random_weights_goes_on_with_them(configure, root, tmp_path):
     (tmp_path / "history.jsonl").touch()
     with pytest.raises(JobError, match=r"began with random weights and cannot go on with train.st"):
@@ -196,3 +239,82 @@ def test_a_start_names_its_version():
         artifact="v1"
     )
     assert start.SERVING == "serving"
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory, ray_cluster):
+    """A shop that published a version, after which events came in, some of them on new items."""
+    home = tmp_path_factory.mktemp("grown")
+    config = tiny_config(
+        home,
+        "generate.new_item_share=0.3",
+        "train.recipe=sasrec-ce",
+        "train.overrides={model={dim=16, max_len=16, num_layers=1}, batch_size=32}",
+        "train.num_workers=1",
+        "train.trainer={max_epochs=12}",
+        "train.name=first",
+        'evaluate.baselines=["popularity"]',
+    )
+    # Dirty rows come late, and would be the last that the first training has seen.
+    clean = config.ingest.model_copy(update={"events": config.ingest.events[:1]})
+    config = config.model_copy(update={"ingest": clean})
+    generate.run(config)
+    events = home / "synthetic" / "raw" / "events"
+    later = _hold_back(events)
+    for stage in (ingest, build_sequences, train, evaluate, publish_job):
+        stage.run(config)
+    pq.write_table(later, events / "later.parquet")
+    for stage in (ingest, build_sequences):
+        stage.run(config)
+    return config
+
+
+def _hold_back(folder):
+    """Leaves the first 80 % of the events in the folder and gives back the others."""
+    events = pq.read_table(folder)
+    times = events["timestamp"].cast(pa.int64()).to_numpy()
+    is_later = times > np.quantile(times, 0.8)
+    for path in folder.iterdir():
+        path.unlink()
+    pq.write_table(events.filter(pa.array(~is_later)), folder / "earlier.parquet")
+    return events.filter(pa.array(is_later))
+
+
+def _goes_on(config, **changes):
+    """Two epochs on two workers, starting from what serves."""
+    trainer, begin = TrainerConfig(max_epochs=2), StartConfig(artifact="serving")
+    changes = {"name": "second", "trainer": trainer, "num_workers": 2, "start": begin} | changes
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _cold_ndcg10(config, run):
+    """NDCG@10 of two epochs from random weights with the vocabulary of a finished run."""
+    plan = train.WorkerPlan(
+        config, read_recipe(config.train.recipe, config.train.overrides), run.vocabulary, Path()
+    )
+    tokens = load_tokens(open_sequences(config), config, run.vocabulary)
+    store = collect_tokens(tokens, len(run.vocabulary.context.fields))
+    trainer = train._build_trainer(plan, store)
+    return max(trainer.train_epoch().ndcg10 for _ in range(2))
+
+
+@pytest.mark.ray
+def test_training_goes_on_from_a_version_with_new_events_and_new_items(road, monkeypatch):
+    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))  # for the cold one
+    config = _goes_on(road)
+    train.run(config)
+    first, second = open_run(road, "first"), open_run(road, "second")
+    artifact = load_artifact(Path(second.facts["started_from"]["path"]))
+
+    began = second.facts["started_from"]
+    assert began["version"] == artifact.version == serving_version(artifact.path.parent)
+    assert began["weights_sha256"] == sha256_of(first.folder / "model.safetensors")
+    assert second.vocabulary.catalogue.num_items > first.vocabulary.catalogue.num_items
+    assert second.facts["trained_until_us"] > first.facts["trained_until_us"]
+    assert first.facts["started_from"] is None
+    assert not list(second.folder.glob("*start*.safetensors"))
+
+    # Two epochs on what is new are not behind two epochs on everything from nothing.
+    assert second.facts["history"][0]["loss"] < first.facts["history"][1]["loss"]
+    print("COLD", _cold_ndcg10(config, second))
+    assert second.facts["best"]["ndcg10"] > 0.95 * _cold_ndcg10(config, second)
