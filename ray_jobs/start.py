@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ray_jobs.config import PipelineConfig, StartConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.sequences_reader import Vocabulary
 from recsys.artifact import Artifact, load_artifact
 from recsys.growth import grow_weights, refuse_other_architecture
-from recsys.model import NextItemModel
 from recsys.recipe import Recipe
 from recsys.registry import list_versions, serving_version
 
@@ -53,8 +52,10 @@ class Start:
             "new_events_only": self.config.new_events_only,
         }
 
-    def write(self, folder: Path, vocabulary: Vocabulary, seed: int) -> None:
-        """Leaves the grown weights, and what they came from, in a run's folder."""
+    def write(self, folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
+        """Leaves what the run started from and the grown weights, whose path is returned, in its
+        folder.
+        """
         known = vocabulary
         grown = grow_weights(
             self.artifact, known.catalogue, known.context, known.attributes, seed=seed
@@ -64,6 +65,7 @@ class Start:
         temporary = folder / f".{_WEIGHTS}-{os.getpid()}"
         save_file(grown, temporary)
         os.replace(temporary, folder / _WEIGHTS)
+        return folder / _WEIGHTS
 
 
 def open_start(config: PipelineConfig, recipe: Recipe, folder: Path) -> Start | None:
@@ -73,10 +75,12 @@ def open_start(config: PipelineConfig, recipe: Recipe, folder: Path) -> Start | 
 
     Raises: JobError or ArtifactError when there is no such version, or it does not fit.
     """
-    _refuse_another_start(config.train.start, folder)
+    has_begun = (folder / "history.jsonl").exists()
+    record = _read_record(folder) if has_begun else None
+    if has_begun:
+        _refuse_another_start(folder.name, record, config.train.start)
     if config.train.start is None:
         return None
-    record = _read_record(folder)
     path = _find(config, config.train.start) if record is None else Path(record["path"])
     artifact = load_artifact(path)
     refuse_other_architecture(artifact, recipe.model, config.train.context, config.train.attributes)
@@ -88,17 +92,6 @@ def open_start(config: PipelineConfig, recipe: Recipe, folder: Path) -> Start | 
     start = Start(config.train.start, artifact)
     _refuse_trained_validation(config, start)
     return start
-
-
-def load_start(folder: Path, model: NextItemModel) -> None:
-    """Gives a model the weights that `Start.write` left, where there are any."""
-    if (folder / _WEIGHTS).exists():
-        model.load_state_dict(load_file(folder / _WEIGHTS))
-
-
-def drop_start(folder: Path) -> None:
-    """Removes the weights of the start, which a finished run has no use for."""
-    (folder / _WEIGHTS).unlink(missing_ok=True)
 
 
 def _find(config: PipelineConfig, start: StartConfig) -> Path:
@@ -115,14 +108,13 @@ def _find(config: PipelineConfig, start: StartConfig) -> Path:
     return registry / version
 
 
-def _refuse_another_start(asked: StartConfig | None, folder: Path) -> None:
-    if not (folder / "history.jsonl").exists():
-        return
-    record = _read_record(folder)
+def _refuse_another_start(
+    run: str, record: dict[str, Any] | None, asked: StartConfig | None
+) -> None:
     began = None if record is None else StartConfig.model_validate(record["asked"])
     if began != asked:
         raise JobError(
-            f"The run {folder.name!r} began with {_describe(began)} and cannot go on with "
+            f"The run {run!r} began with {_describe(began)} and cannot go on with "
             f"{_describe(asked)}; configure the same, or give train.name another value."
         )
 
@@ -130,7 +122,8 @@ def _refuse_another_start(asked: StartConfig | None, folder: Path) -> None:
 def _refuse_trained_validation(config: PipelineConfig, start: Start) -> None:
     """What is held back now must not be what the version was trained on."""
     version, split = start.artifact.version, config.split
-    if split.validation_from is not None:
+    if split.kind == "temporal-cut":
+        assert split.validation_from is not None
         if split.validation_from.timestamp() * 1_000_000 <= start.trained_until_us:
             raise JobError(
                 f"Version {version} was trained on events until "

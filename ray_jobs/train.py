@@ -32,6 +32,7 @@ from ray.train import (
 )
 from ray.train import ScalingConfig as Scaling
 from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import load_file
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
@@ -44,7 +45,7 @@ from ray_jobs.sequences_reader import (
     load_tokens,
     open_sequences,
 )
-from ray_jobs.start import Start, drop_start, load_start, open_start
+from ray_jobs.start import Start, open_start
 from recsys.artifact import save_model
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import split_tokens
@@ -65,6 +66,8 @@ class WorkerPlan:
     run: Path
     new_since_s: int | None = None
     """Only events from then on are targets, seconds since the epoch."""
+    start_weights: Path | None = None
+    """What a run begins with instead of random weights, in its folder."""
 
 
 def run(config: PipelineConfig) -> Report:
@@ -83,12 +86,13 @@ def run(config: PipelineConfig) -> Report:
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
-    if start is not None:
-        start.write(run_folder, vocabulary, config.seed)
-    result = _fit(WorkerPlan(config, recipe, vocabulary, run_folder, new_since_s), tokens, scaling)
+    weights = None if start is None else start.write(run_folder, vocabulary, config.seed)
+    plan = WorkerPlan(config, recipe, vocabulary, run_folder, new_since_s, weights)
+    result = _fit(plan, tokens, scaling)
     best = max(result.best_checkpoints, key=lambda pair: float(pair[1]["ndcg10"]))
     _write_run(run_folder, config, recipe, learned, sequences.version(), best, start)
-    drop_start(run_folder)
+    if weights is not None:
+        weights.unlink()
     history = read_history(run_folder)
     metrics = best[1]
     return Report(
@@ -115,7 +119,7 @@ def preview(config: PipelineConfig) -> dict[str, Any]:
         return {}
     recipe = read_recipe(config.train.recipe, config.train.overrides)
     start = open_start(config, recipe, _run_folder(config))
-    return {"started_from": start and start.facts()}
+    return {"started_from": None if start is None else start.facts()}
 
 
 def train_worker(plan_parts: Mapping[str, Any]) -> None:
@@ -156,7 +160,8 @@ def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = plan.vocabulary.make_model(plan.recipe.model)
-    load_start(plan.run, model)
+    if plan.start_weights is not None:
+        model.load_state_dict(load_file(plan.start_weights))
     targets = find_targets(config.train.targets, context)
     return Trainer(
         plan.recipe,
@@ -282,7 +287,7 @@ def _write_run(
         "sequences_version": sequences_version,
         "items_version": learned.items_version,
         "trained_until_us": learned.trained_until_us,
-        "started_from": start and start.facts(),
+        "started_from": None if start is None else start.facts(),
         "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
         "history": read_history(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.train import Checkpoint
+from safetensors.torch import load_file
 
 from ray_jobs import build_sequences, evaluate, generate, ingest, start, train
 from ray_jobs import publish as publish_job
@@ -24,7 +25,7 @@ from ray_jobs.sequences_reader import (
     load_tokens,
     open_sequences,
 )
-from ray_jobs.start import drop_start, load_start, open_start
+from ray_jobs.start import open_start
 from recsys.artifact import load_artifact, publish, sha256_of
 from recsys.errors import ArtifactError
 from recsys.recipe import read_recipe
@@ -147,21 +148,15 @@ def test_a_registry_in_which_nothing_serves_says_so(configure, tmp_path):
 
 def test_the_grown_weights_wait_in_the_run_folder(configure, root, shop, tmp_path):
     found = find(configure(), tmp_path)
-    vocabulary = Vocabulary(shop.catalogue, shop.context)
-    found.write(tmp_path, vocabulary, seed=0)
-    published, model = (
-        found.artifact.load_model(),
-        vocabulary.make_model(found.artifact.load_model().config),
-    )
-    load_start(tmp_path, model)
-    assert torch.equal(model.items.weight, published.items.weight)
+    weights = load_file(found.write(tmp_path, Vocabulary(shop.catalogue, shop.context), seed=0))
+    published = found.artifact.load_model().state_dict()
+    assert weights.keys() == published.keys()
+    assert all(torch.equal(weights[name], published[name]) for name in published)
 
-    drop_start(tmp_path)
-    assert [path.name for path in tmp_path.glob("*start*")] == ["start.json"]
-    untouched = vocabulary.make_model(model.config)
-    before = untouched.items.weight.clone()
-    load_start(tmp_path, untouched)
-    assert torch.equal(untouched.items.weight, before)
+
+def test_a_run_that_ended_before_its_first_epoch_may_start_anew(configure, root, shop, tmp_path):
+    find(configure(), tmp_path).write(tmp_path, Vocabulary(shop.catalogue, shop.context), seed=0)
+    assert find(configure("train.start.artifact=v2"), tmp_path).artifact.version == "v2"
 
 
 def test_a_run_that_goes_on_keeps_the_version_that_it_began_with(configure, root, shop, tmp_path):
@@ -182,12 +177,12 @@ def test_a_worker_takes_the_start_and_a_later_one_the_checkpoint(
     config, vocabulary = configure(), Vocabulary(shop.catalogue, shop.context)
     recipe = read_recipe(config.train.recipe, config.train.overrides)
     found = find(config, tmp_path)
-    found.write(tmp_path, vocabulary, seed=0)
+    weights = found.write(tmp_path, vocabulary, seed=0)
     monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(train, "collect_tokens", lambda *_: shop.store)
     monkeypatch.setattr("ray.train.get_dataset_shard", lambda _: None)
 
-    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path)
+    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path, None, weights)
     trainer = train._build_trainer(plan, shop.store)
     assert torch.equal(trainer.model.item_bias, found.artifact.load_model().item_bias)
 
