@@ -86,6 +86,17 @@ class StorageConfig(Section):
         return f"{expand(self.root)}/registry"
 
 
+class StartConfig(Section):
+    """A published version that training goes on from, instead of from random weights."""
+
+    artifact: str
+    """"serving" for the version that serves, another version of the registry, or the path of an
+    artifact's folder. Recipe sizes, context and attributes must be what it was trained with."""
+    new_events_only: bool = True
+    """Whether only events since the end of its training are targets; older ones are still read as
+    history. A lower `optimiser.learning_rate` and few epochs are enough then."""
+
+
 class TrainConfig(Section):
     """A recipe, what it reads, and where it runs."""
 
@@ -98,6 +109,8 @@ class TrainConfig(Section):
     attributes: AttributesConfig = AttributesConfig()
     """Columns of the items table that item vectors are made of, beside the ids: what is new can
     then be recommended, and every available item of the table is in the catalogue."""
+    start: StartConfig | None = None
+    """Left out: random weights and every event."""
     trainer: TrainerConfig = TrainerConfig()
     name: str | None = None
     """Name of the run; a run that was killed goes on when it is started with its name again."""

@@ -46,10 +46,17 @@ class Report:
 
 
 def main(
-    run: Callable[[PipelineConfig], Report], *, job: str, argv: Sequence[str] | None = None
+    run: Callable[[PipelineConfig], Report],
+    *,
+    job: str,
+    argv: Sequence[str] | None = None,
+    preview: Callable[[PipelineConfig], dict[str, Any]] | None = None,
 ) -> None:
     """Parses the command line, connects to Ray, runs the job and exits: 0 done, 1 failed, 2 wrong
     arguments.
+
+    Args:
+        preview: what a dry run finds out, without Ray, and shows beside the configuration.
     """
     arguments = parse_arguments(job, run.__module__, argv)
     logging.basicConfig(
@@ -59,11 +66,11 @@ def main(
         config = load_config(arguments.config, arguments.set)
     except ConfigError as error:
         _fail(job, error, 2)
-    if arguments.dry_run:
-        print(config.model_dump_json(indent=2))
-        return
-
     try:
+        if arguments.dry_run:
+            found = preview(config) if preview is not None else {}
+            print(json.dumps(config.model_dump(mode="json") | found, indent=2))
+            return
         with connected():
             report = run(config)
     except (LakeError, RecsysError, JobError, OSError) as error:

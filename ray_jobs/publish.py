@@ -105,6 +105,8 @@ def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable)
         "name": config.name,
         "run": finished.folder.name,
         "seed": finished.facts["seed"],
+        "trained_until_us": finished.facts.get("trained_until_us"),
+        "started_from": finished.facts.get("started_from"),
         "tables": {
             "sequences": sequences.version(),
             "items": finished.facts.get("items_version"),

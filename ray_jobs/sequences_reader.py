@@ -51,6 +51,8 @@ class Learned:
     """Users with a validation event."""
     items_version: int | None = None
     """Of the table that attributes come from, None without one."""
+    trained_until_us: int | None = None
+    """Time of the last training event, microseconds in UTC; None where there is none."""
 
 
 def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaTable:
@@ -69,12 +71,17 @@ def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaT
     return table
 
 
-def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
+def learn_vocabulary(
+    sequences: DeltaTable, config: PipelineConfig, new_since_s: int | None = None
+) -> Learned:
     """The catalogue (items of all sequences, their training counts, their attributes) and the
     values that the context fields take in training.
 
     With `train.attributes` the items that no sequence holds are in the catalogue too. Raises:
     TableError or CatalogueError when there is no items table then, or it lacks such a column.
+
+    Args:
+        new_since_s: only events from then on, in seconds since the epoch, are training targets.
     """
     counted = _buckets(sequences).map_batches(
         _count_bucket,
@@ -83,12 +90,15 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         fn_kwargs={
             "split": config.split,
             "targets": config.train.targets,
+            "new_since_s": new_since_s,
             "fields": _list_fields(sequences, config),
             "options": config.storage.options,
         },
     )
     counts = pa.concat_tables(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
-    counts = counts.group_by(["field", "item_id", "value"]).aggregate([("count", "sum")])
+    counts = counts.group_by(["field", "item_id", "value"]).aggregate(
+        [("count", "sum"), ("count", "max")]
+    )
 
     of_items = counts.filter(pc.equal(counts["field"], "item_id"))
     items, attributes = _open_items(config), config.train.attributes
@@ -103,6 +113,7 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         for name in config.train.context.categorical
     }
     users = _as_counts(counts.filter(pc.equal(counts["field"], "users")))
+    ends = counts.filter(pc.equal(counts["field"], "trained_until_us"))
     return Learned(
         Vocabulary(
             catalogue,
@@ -112,6 +123,7 @@ def learn_vocabulary(sequences: DeltaTable, config: PipelineConfig) -> Learned:
         num_trainable=users["trainable"],
         num_validated=users["validated"],
         items_version=None if items is None else items.version(),
+        trained_until_us=pc.max(ends["count_max"]).as_py(),
     )
 
 
@@ -163,19 +175,26 @@ def _count_bucket(
     targets: TargetsConfig,
     fields: list[str],
     options: dict[str, str],
+    new_since_s: int | None = None,
 ) -> pa.Table:
     columns = (*_COLUMNS, *map(list_column, fields))
     sequences = read_files(batch["files"][0].as_py(), columns, options).combine_chunks()
     is_target_T = (
         targets.mark(_flatten(sequences, list_column(FIELD))) if targets.event_types else None
     )
-    offsets_U, cut = _split(sequences, split, is_target_T)
+    timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
+    offsets_U = _offsets(sequences)
+    cut = split_offsets(offsets_U, timestamps_T, split, is_target_T)
     places_T = np.arange(offsets_U[-1])
     is_training = pa.array(places_T < np.repeat(cut.train_end_U, np.diff(offsets_U)))
+    if new_since_s is not None:
+        is_new_T = timestamps_T >= new_since_s * 1_000_000
+        is_target_T = is_new_T if is_target_T is None else is_new_T & is_target_T
     items = _flatten(sequences, "item_ids")
     # Items that were only seen later are in the catalogue too, with a count of 0.
     parts = [
         _users(cut, can_train(offsets_U, cut, is_target_T)),
+        _last_moment(timestamps_T, is_training),
         _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
         _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
     ]
@@ -201,19 +220,20 @@ def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str
     return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
 
 
-def _split(
-    sequences: pa.Table, split: SplitConfig, is_target_T: np.ndarray | None
-) -> tuple[np.ndarray, Split]:
+def _offsets(sequences: pa.Table) -> np.ndarray:
     lengths_U = sequences["item_ids"].chunk(0).value_lengths().to_numpy(zero_copy_only=False)
-    offsets_U = np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
-    timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
-    return offsets_U, split_offsets(offsets_U, timestamps_T, split, is_target_T)
+    return np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
 
 
 def _users(cut: Split, is_trainable_U: np.ndarray) -> pa.Table:
     numbers = [int(is_trainable_U.sum()), int((cut.validation_U >= 0).sum())]
     counts = {"value": ["trainable", "validated"], "count": numbers}
     return pa.table({"field": ["users", "users"], **counts})
+
+
+def _last_moment(timestamps_T: np.ndarray, is_training: pa.Array) -> pa.Table:
+    last_us = pc.max(pa.array(timestamps_T).filter(is_training))
+    return pa.table({"field": ["trained_until_us"], "count": [last_us.as_py()]})
 
 
 def _count(field: str, ones: pa.Array, **columns: pa.Array) -> pa.Table:

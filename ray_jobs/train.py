@@ -32,6 +32,7 @@ from ray.train import (
 )
 from ray.train import ScalingConfig as Scaling
 from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import load_file
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
@@ -44,6 +45,7 @@ from ray_jobs.sequences_reader import (
     load_tokens,
     open_sequences,
 )
+from ray_jobs.start import Start, open_start
 from recsys.artifact import save_model
 from recsys.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from recsys.recipe import Recipe, read_recipe
@@ -63,6 +65,10 @@ class WorkerPlan:
     recipe: Recipe
     vocabulary: Vocabulary
     run: Path
+    new_since_s: int | None = None
+    """Only events from then on are targets, seconds since the epoch."""
+    start_weights: Path | None = None
+    """What a run begins with instead of random weights, in its folder."""
 
 
 def run(config: PipelineConfig) -> Report:
@@ -71,17 +77,23 @@ def run(config: PipelineConfig) -> Report:
     run_folder = _run_folder(config)
     recipe = read_recipe(config.train.recipe, config.train.overrides)
     scaling = _scaling(config)
+    start = open_start(config, recipe, run_folder)
+    new_since_s = None if start is None else start.new_since_s
     sequences = open_sequences(config)
-    learned = learn_vocabulary(sequences, config)
+    learned = learn_vocabulary(sequences, config, new_since_s)
     vocabulary = learned.vocabulary
     find_targets(config.train.targets, vocabulary.context)  # those that nobody knows are refused
-    _refuse_untrainable(learned)
+    _refuse_untrainable(learned, start)
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
-    result = _fit(WorkerPlan(config, recipe, vocabulary, run_folder), tokens, scaling)
+    weights = None if start is None else start.write(run_folder, vocabulary, config.seed)
+    plan = WorkerPlan(config, recipe, vocabulary, run_folder, new_since_s, weights)
+    result = _fit(plan, tokens, scaling)
     best = max(result.best_checkpoints, key=lambda pair: float(pair[1]["ndcg10"]))
-    _write_run(run_folder, config, recipe, learned, sequences.version(), best)
+    _write_run(run_folder, config, recipe, learned, sequences.version(), best, start)
+    if weights is not None:
+        weights.unlink()
     history = read_history(run_folder)
     metrics = best[1]
     return Report(
@@ -100,6 +112,15 @@ def run(config: PipelineConfig) -> Report:
             "seconds": time.perf_counter() - started,
         },
     )
+
+
+def preview(config: PipelineConfig) -> dict[str, Any]:
+    """What a dry run tells: the version that training would start from. Raises as `run` does."""
+    if config.train.start is None:
+        return {}
+    recipe = read_recipe(config.train.recipe, config.train.overrides)
+    start = open_start(config, recipe, _run_folder(config))
+    return {"started_from": None if start is None else start.facts()}
 
 
 def train_worker(plan_parts: Mapping[str, Any]) -> None:
@@ -140,6 +161,8 @@ def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = plan.vocabulary.make_model(plan.recipe.model)
+    if plan.start_weights is not None:
+        model.load_state_dict(load_file(plan.start_weights))
     targets = find_targets(config.train.targets, context)
     return Trainer(
         plan.recipe,
@@ -153,6 +176,7 @@ def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
         targets=targets,
         # The best epoch is chosen by what will be evaluated.
         filter_seen=config.evaluate.filter_seen,
+        new_since_s=plan.new_since_s,
     )
 
 
@@ -188,12 +212,18 @@ def _fit(plan: WorkerPlan, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
         ) from error
 
 
-def _refuse_untrainable(learned: Learned) -> None:
+def _refuse_untrainable(learned: Learned, start: Start | None = None) -> None:
     num_items = learned.vocabulary.catalogue.num_items
     if num_items < 2:
         raise JobError(
             f"The catalogue holds {num_items} item, so there is nothing to choose from; ingest "
             "events on two items at least."
+        )
+    if learned.num_trainable == 0 and start is not None and start.config.new_events_only:
+        raise JobError(
+            f"No user has a training event since {start.facts()['trained_until']}, until when "
+            f"version {start.artifact.version} was trained; ingest newer events, rebuild the "
+            "sequences, or set train.start.new_events_only to false."
         )
     if learned.num_trainable == 0 or learned.num_validated == 0:
         raise JobError(
@@ -240,6 +270,7 @@ def _write_run(
     learned: Learned,
     sequences_version: int,
     best: tuple[Checkpoint, dict[str, Any]],
+    start: Start | None,
 ) -> None:
     checkpoint, metrics = best
     vocabulary = learned.vocabulary
@@ -255,6 +286,8 @@ def _write_run(
         "seed": config.seed,
         "sequences_version": sequences_version,
         "items_version": learned.items_version,
+        "trained_until_us": learned.trained_until_us,
+        "started_from": None if start is None else start.facts(),
         "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
         "history": read_history(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -306,4 +339,4 @@ def _scaling(config: PipelineConfig) -> Scaling:
 
 
 if __name__ == "__main__":
-    main(run, job="train")
+    main(run, job="train", preview=preview)

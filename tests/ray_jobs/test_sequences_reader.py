@@ -33,10 +33,15 @@ def _sequences(num_users=40):
     return pa.Table.from_pylist(rows, sequences_schema("string", "string"))
 
 
-def _count(path, targets):
+def _count(path, targets, new_since_s=None):
     batch = pa.table({"files": [[str(path)]]})
     counted = _count_bucket(
-        batch, split=SplitConfig(), targets=targets, fields=["event_type"], options={}
+        batch,
+        split=SplitConfig(),
+        targets=targets,
+        fields=["event_type"],
+        options={},
+        new_since_s=new_since_s,
     )
     return {
         field: {
@@ -44,7 +49,7 @@ def _count(path, targets):
             for row in counted.to_pylist()
             if row["field"] == field
         }
-        for field in ("users", "item_id", "event_type")
+        for field in ("users", "item_id", "event_type", "trained_until_us")
     }
 
 
@@ -69,7 +74,33 @@ def test_counts_agree_with_the_split_that_trains(tmp_path, event_types):
     }
     num_training = (split.train_end_U - store.offsets_U[:-1]).sum()
     assert sum(counts["item_id"].values()) == num_training
+    is_training_T = np.arange(store.num_tokens) < np.repeat(
+        split.train_end_U, np.diff(store.offsets_U)
+    )
+    assert counts["trained_until_us"] == {None: store.timestamps_T[is_training_T].max()}
     assert 0 < counts["users"]["validated"] < len(sequences)
+
+
+def test_only_users_with_a_new_training_event_can_be_trained_on(tmp_path):
+    seconds = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7], [1, 4, 5], [4, 5]]
+    rows = [
+        {
+            "user_id": f"u{user}",
+            "item_ids": list("abcde")[: len(times)],
+            "event_types": ["view"] * len(times),
+            "timestamps": [second * 1_000_000 for second in times],
+            "devices": [None] * len(times),
+            "user_bucket": 0,
+        }
+        for user, times in enumerate(seconds)
+    ]
+    schema = sequences_schema("string", "string")
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "bucket.parquet")
+    # All but the last two events train, and of the last user, who has no more, both.
+    for new_since_s, trainable in [(None, 3), (3, 3), (4, 1), (6, 0)]:
+        counts = _count(tmp_path / "bucket.parquet", TargetsConfig(), new_since_s)
+        assert counts["users"] == {"trainable": trainable, "validated": 3}
+        assert counts["trained_until_us"] == {None: 5_000_000}
 
 
 def test_targets_need_the_event_type_among_the_context():
