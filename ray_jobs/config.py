@@ -48,6 +48,9 @@ class StorageConfig(Section):
     lake: str | None = None
     """Where the tables lie if not in `<root>/lake`, e.g. s3://bucket/lake: they may be in an object
     store while runs, registry and history stay in folders."""
+    checkpoints: str | None = None
+    """Where checkpoints of trainings go if not into the run's folder, e.g. s3://bucket/checkpoints:
+    then workers need not share a folder with the driver."""
     options: dict[str, str] = Field(default_factory=dict)
     """Credentials and endpoints as deltalake takes them; reading raw files uses them too. For S3
     itself `AWS_REGION` and the keys, where the environment does not give them. For another store
@@ -76,6 +79,10 @@ class StorageConfig(Section):
     @property
     def lake_uri(self) -> str:
         return expand(self.lake) if self.lake else f"{expand(self.root)}/lake"
+
+    def checkpoints_uri(self, run: str) -> str:
+        """Where the checkpoints of a run lie."""
+        return f"{expand(self.checkpoints)}/{run}" if self.checkpoints else f"{self.runs_uri}/{run}"
 
     @property
     def runs_uri(self) -> str:
@@ -115,6 +122,11 @@ class TrainConfig(Section):
     name: str | None = None
     """Name of the run; a run that was killed goes on when it is started with its name again."""
     num_workers: int = Field(2, ge=1)
+    min_workers: int | None = Field(None, ge=1)
+    """Training goes on with so many, on what is left of the cluster, where there is no room for
+    `num_workers`; what is learned does not depend on how many there are."""
+    accelerator_type: str | None = None
+    """GPUs of one type only, as Ray names it, e.g. "A100"."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs where the cluster has any, with at most one worker for each; else CPUs."""
     cpus_per_worker: float = Field(1, gt=0)

@@ -1,8 +1,8 @@
-"""What a training tells while it runs: a line for a person, `history.jsonl`, TensorBoard, and gauges
-that Ray exports to Prometheus and its dashboard.
+"""What a training tells while it runs: a line for a person, `history.jsonl`, TensorBoard, and
+gauges that Ray exports to Prometheus and its dashboard.
 
-Workers report to Ray Train's controller, which runs on the node of the driver: only that node has to
-see the run folder.
+Workers report to Ray Train's controller, which runs on the node of the driver: only that node has
+to see the run folder.
 """
 
 import json
@@ -22,7 +22,7 @@ _GAUGES = {
 }
 
 
-class RunLog(UserCallback):
+class RunLog(UserCallback):  # type: ignore[misc]
     """Keeps the reports of a run, see `ray_jobs.train.train_worker`.
 
     Args:
@@ -58,7 +58,8 @@ class RunLog(UserCallback):
         since, done_then = self._first
         if done <= done_then:
             return None
-        return (time.monotonic() - since) / (done - done_then) * (self._max_epochs - done)
+        left: float = (time.monotonic() - since) / (done - done_then) * (self._max_epochs - done)
+        return left
 
     def _write_events(self, report: dict[str, Any]) -> None:
         if self._writer is None:
@@ -82,7 +83,8 @@ def describe(report: dict[str, Any], max_epochs: int, seconds_left: float | None
     """A report as one line."""
     words = [f"epoch {report['epoch']}/{max_epochs}"]
     if "step" in report:
-        words = [f"epoch {report['epoch'] + 1}/{max_epochs}, step {report['step']}/{report['steps']}"]
+        step = f"step {report['step']}/{report['steps']}"
+        words = [f"epoch {report['epoch'] + 1}/{max_epochs}, {step}"]
     words.append(f"loss {report['loss']:.4f}")
     if "step" not in report:
         is_validated = report["ndcg10"] == report["ndcg10"]

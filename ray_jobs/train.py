@@ -9,18 +9,13 @@ use them, `history.jsonl` (one line an epoch) and `run.json`; `<storage root>/ru
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
-import ray.train
-import torch
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -31,44 +26,24 @@ from ray.train import (
     TrainingFailedError,
 )
 from ray.train import ScalingConfig as Scaling
-from ray.train.torch import TorchTrainer, get_device
-from safetensors.torch import load_file
+from ray.train.torch import TorchTrainer
+from torch import Tensor
 
+from data_lake.storage import locate
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
-from ray_jobs.sequences_reader import (
-    Learned,
-    Vocabulary,
-    collect_tokens,
-    learn_vocabulary,
-    load_tokens,
-    open_sequences,
-)
+from ray_jobs.run_log import RunLog
+from ray_jobs.sequences_reader import Learned, learn_vocabulary, load_tokens, open_sequences
 from ray_jobs.start import Start, open_start
+from ray_jobs.train_worker import WorkerPlan, train_worker
 from recsys.artifact import save_model
-from recsys.checkpoint import load_checkpoint, read_weights, save_checkpoint
-from recsys.recipe import Recipe, read_recipe
-from recsys.splits import split_tokens
+from recsys.checkpoint import read_weights
+from recsys.errors import CheckpointError, TrainingError
+from recsys.recipe import read_recipe
 from recsys.targets import find_targets
-from recsys.tokens import TokenStore
-from recsys.trainer import EpochReport, Trainer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """What every worker is given beside the tokens."""
-
-    config: PipelineConfig
-    recipe: Recipe
-    vocabulary: Vocabulary
-    run: Path
-    new_since_s: int | None = None
-    """Only events from then on are targets, seconds since the epoch."""
-    start_weights: Path | None = None
-    """What a run begins with instead of random weights, in its folder."""
 
 
 def run(config: PipelineConfig) -> Report:
@@ -88,14 +63,20 @@ def run(config: PipelineConfig) -> Report:
 
     run_folder.mkdir(parents=True, exist_ok=True)
     weights = None if start is None else start.write(run_folder, vocabulary, config.seed)
-    plan = WorkerPlan(config, recipe, vocabulary, run_folder, new_since_s, weights)
-    result = _fit(plan, tokens, scaling)
-    best = max(result.best_checkpoints, key=lambda pair: float(pair[1]["ndcg10"]))
-    _write_run(run_folder, config, recipe, learned, sequences.version(), best, start)
+    plan = WorkerPlan(config, recipe, vocabulary, new_since_s, weights)
+    result = _fit(plan, run_folder, tokens, scaling)
+    best_weights, metrics = _read_best(result.best_checkpoints)
+    facts = {
+        "sequences_version": sequences.version(),
+        "items_version": learned.items_version,
+        "trained_until_us": learned.trained_until_us,
+        "started_from": None if start is None else start.facts(),
+        "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
+    }
+    _write_run(run_folder, plan, best_weights, facts)
     if weights is not None:
         weights.unlink()
     history = read_history(run_folder)
-    metrics = best[1]
     return Report(
         "train",
         f"{recipe.name} reached NDCG@10 {metrics['ndcg10']:.4f} on validation",
@@ -106,7 +87,7 @@ def run(config: PipelineConfig) -> Report:
             "best_epoch": metrics["epoch"],
             "validation_ndcg10": metrics["ndcg10"],
             "validation_hr10": metrics["hr10"],
-            "workers": scaling.num_workers,
+            "workers": config.train.num_workers,
             "device": "gpu" if scaling.use_gpu else "cpu",
             "tokens_per_s": history[-1]["tokens_per_s"],
             "seconds": time.perf_counter() - started,
@@ -123,32 +104,6 @@ def preview(config: PipelineConfig) -> dict[str, Any]:
     return {"started_from": None if start is None else start.facts()}
 
 
-def train_worker(plan_parts: Mapping[str, Any]) -> None:
-    """What runs on each worker: every rank holds all tokens and takes its part of each batch."""
-    # Ray Train logs each report in full from a logger below the root, past its own settings.
-    logging.getLogger().setLevel(logging.WARNING)
-    plan: WorkerPlan = plan_parts["plan"]
-    context = plan.vocabulary.context
-    store = collect_tokens(ray.train.get_dataset_shard("tokens"), len(context.fields))
-    trainer = _build_trainer(plan, store)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            load_checkpoint(Path(folder), trainer)
-
-    started, first_epoch = time.perf_counter(), trainer.epoch
-    max_minutes = plan.config.train.trainer.max_minutes
-    while not trainer.should_stop:
-        epoch = trainer.train_epoch()
-        elapsed_s = time.perf_counter() - started
-        if trainer.rank == 0:
-            _record(plan, trainer, epoch, elapsed_s / (trainer.epoch - first_epoch))
-        if epoch.is_validated:
-            _report(trainer, epoch)
-            if max_minutes is not None and _is_over(elapsed_s / 60 > max_minutes, trainer):
-                break
-
-
 def read_history(run_folder: Path) -> list[dict[str, Any]]:
     """The epochs of a run in order; of an epoch that was repeated after a failure, the last try."""
     path = run_folder / "history.jsonl"
@@ -156,60 +111,62 @@ def read_history(run_folder: Path) -> list[dict[str, Any]]:
     return [epochs[number] for number in sorted(epochs)]
 
 
-def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
-    config, context = plan.config, plan.vocabulary.context
-    # The same seed on every rank: all start from the same weights.
-    torch.manual_seed(config.seed)
-    model = plan.vocabulary.make_model(plan.recipe.model)
-    if plan.start_weights is not None:
-        model.load_state_dict(load_file(plan.start_weights))
-    targets = find_targets(config.train.targets, context)
-    return Trainer(
-        plan.recipe,
-        config.train.trainer,
-        model,
-        store,
-        split_tokens(store, config.split, targets),
-        context.known_at_request_F,
-        seed=config.seed,
-        device=get_device(),
-        targets=targets,
-        # The best epoch is chosen by what will be evaluated.
-        filter_seen=config.evaluate.filter_seen,
-        new_since_s=plan.new_since_s,
-    )
-
-
-def _fit(plan: WorkerPlan, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
+def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scaling) -> Any:
     # Ray throttles reports to one in two seconds by default; a short epoch would wait for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     # With Ray's own patch of print() every line of progress would stand twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    config = plan.config.train
+    filesystem, path = locate(
+        plan.config.storage.checkpoints_uri(folder.name), plan.config.storage.options
+    )
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
         scaling_config=scaling,
         run_config=RunConfig(
             name="ray",
-            storage_path=str(plan.run),
+            storage_path=path,
+            storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="ndcg10", checkpoint_score_order="max"
             ),
-            failure_config=FailureConfig(max_failures=plan.config.train.max_failures),
-            # Ray would log each report in full; the line of `_record` says the same to a person.
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            # Ray would log each report in full; the lines of RunLog say the same to a person.
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[RunLog(folder, config.trainer.max_epochs)],
         ),
         datasets={"tokens": tokens},
         dataset_config=DataConfig(datasets_to_split=[]),
     )
     try:
-        return trainer.fit()
+        result = trainer.fit()
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         raise JobError(
-            f"Training stopped after {plan.config.train.max_failures} retries: {reason} "
-            f"Start it again with train.name={plan.run.name} to go on from its last checkpoint."
+            f"Training stopped after {config.max_failures} retries: {reason} "
+            f"Start it again with train.name={folder.name} to go on from its last checkpoint."
         ) from error
+    if result.return_value:
+        raise TrainingError(result.return_value["refused"])
+    return result
+
+
+def _read_best(
+    checkpoints: list[tuple[Checkpoint, dict[str, Any]]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metrics of the best epoch whose checkpoint is whole.
+
+    Raises: TrainingError when none is.
+    """
+    validated = [pair for pair in checkpoints if "ndcg10" in pair[1]]
+    for checkpoint, metrics in sorted(validated, key=lambda pair: -float(pair[1]["ndcg10"])):
+        try:
+            with checkpoint.as_directory() as path:
+                return read_weights(Path(path)), metrics
+        except (CheckpointError, OSError) as error:
+            log.warning("%s Taking the next best epoch.", error)
+    raise TrainingError("No checkpoint of the run is whole, so there are no weights to keep.")
 
 
 def _refuse_untrainable(learned: Learned, start: Start | None = None) -> None:
@@ -233,62 +190,20 @@ def _refuse_untrainable(learned: Learned, start: Start | None = None) -> None:
         )
 
 
-def _record(plan: WorkerPlan, trainer: Trainer, epoch: EpochReport, epoch_s: float) -> None:
-    with (plan.run / "history.jsonl").open("a") as file:
-        file.write(json.dumps(epoch.metrics()) + "\n")
-    planned = plan.config.train.trainer.max_epochs
-    eta_s = epoch_s * (planned - trainer.epoch)
-    ndcg10 = f"NDCG@10 {epoch.ndcg10:.4f}" if epoch.is_validated else "not validated"
-    print(
-        f"epoch {trainer.epoch}/{planned}  loss {epoch.loss:.4f}  {ndcg10}  "
-        f"{epoch.tokens_per_s:,.0f} tokens/s  at most {eta_s:.0f} s to go",
-        flush=True,
-    )
-
-
-def _report(trainer: Trainer, epoch: EpochReport) -> None:
-    if trainer.rank != 0:
-        ray.train.report(epoch.metrics())
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), trainer)
-        ray.train.report(epoch.metrics(), checkpoint=Checkpoint.from_directory(folder))
-
-
-def _is_over(is_late: bool, trainer: Trainer) -> bool:
-    # Clocks differ between ranks; the first one decides for all.
-    verdict = torch.tensor(int(is_late), device=trainer.device)
-    if trainer.world_size > 1:
-        torch.distributed.broadcast(verdict, src=0)
-    return bool(verdict)
-
-
 def _write_run(
-    folder: Path,
-    config: PipelineConfig,
-    recipe: Recipe,
-    learned: Learned,
-    sequences_version: int,
-    best: tuple[Checkpoint, dict[str, Any]],
-    start: Start | None,
+    folder: Path, plan: WorkerPlan, weights: dict[str, Tensor], facts: dict[str, Any]
 ) -> None:
-    checkpoint, metrics = best
-    vocabulary = learned.vocabulary
-    model = vocabulary.make_model(recipe.model)
-    with checkpoint.as_directory() as path:
-        model.load_state_dict(read_weights(Path(path)))
+    config, vocabulary = plan.config, plan.vocabulary
+    model = vocabulary.make_model(plan.recipe.model)
+    model.load_state_dict(weights)
     save_model(folder, model, vocabulary.catalogue, vocabulary.context, vocabulary.attributes)
 
     content = {
         "name": folder.name,
         "config": config.model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json"),
         "seed": config.seed,
-        "sequences_version": sequences_version,
-        "items_version": learned.items_version,
-        "trained_until_us": learned.trained_until_us,
-        "started_from": None if start is None else start.facts(),
-        "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
+        **facts,
         "history": read_history(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -331,9 +246,11 @@ def _scaling(config: PipelineConfig) -> Scaling:
             f"train.device is 'gpu' but the cluster has {num_gpus} GPUs for {num_workers} "
             "workers; lower train.num_workers or set train.device to 'auto'."
         )
+    least = num_workers if train.min_workers is None else min(train.min_workers, num_workers)
     return Scaling(
-        num_workers=num_workers,
+        num_workers=num_workers if least == num_workers else (least, num_workers),
         use_gpu=use_gpu,
+        accelerator_type=train.accelerator_type if use_gpu else None,
         resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
     )
 

@@ -48,6 +48,8 @@ class TrainerConfig(BaseModel):
     """At most so many users, the same sample every time, are ranked in a validation."""
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
     """auto: bf16 where the device multiplies it natively, else fp32."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints within an epoch, beside those after each validation: for epochs of hours."""
     micro_batches: int = Field(1, ge=1)
     """Parts of a worker's batch that are trained one after the other (gradient accumulation): the
     same result with as much less memory for activations."""
@@ -78,8 +80,12 @@ class _Progress:
     """What an epoch has brought so far, of this rank alone."""
 
     step: int = 0
+    num_tokens: int = 0
+    """Since this process took the epoch up."""
     loss_sum: float | Tensor = 0.0
     weight: float | Tensor = 0.0
+    started: float = 0.0
+    """When this process took the epoch up, on its own clock."""
 
 
 class Trainer:
@@ -166,9 +172,9 @@ class Trainer:
         `after_step` is called on every rank after each step; a checkpoint taken in it goes on right
         there.
         """
-        start = time.perf_counter()
+        self._progress.started = time.perf_counter()
         self.model.train()
-        first, num_tokens = self.step, 0
+        first = self.step
         for places in self._assembler.windows.batches(
             self.recipe.batch_size,
             self.seed + self.epoch,
@@ -177,39 +183,51 @@ class Trainer:
             first=first,
         ):
             self._train_step(places)
-            num_tokens += int(places.lengths_B.sum())
             if after_step is not None:
                 after_step()
-        loss_sum, weight = self._total_progress()
-        loss = loss_sum / (weight or 1.0)
+        progress = self.add_up_progress()
+        elapsed = time.perf_counter() - self._progress.started
         self.epoch, self._progress = self.epoch + 1, _Progress()
-
-        (all_tokens,) = sum_over_ranks([num_tokens], self.device)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss of epoch {self.epoch} is {loss}; lower optimiser.learning_rate "
-                f"(now {self.recipe.optimiser.learning_rate}) or train in fp32."
-            )
-        elapsed = time.perf_counter() - start
         hr10, ndcg10 = self._validate_if_due()
         windows = (self.steps_per_epoch - first) * self.recipe.batch_size
         return EpochReport(
             self.epoch,
-            loss,
+            progress["loss"],
             ndcg10,
             hr10,
             windows / elapsed,
-            all_tokens / elapsed,
+            progress["tokens_per_s"],
             self._learning_rate(),
         )
 
-    def add_up_progress(self) -> None:
-        """Adds up over the ranks what the epoch has brought so far; every rank calls it before one
-        of them takes `state()` within an epoch.
+    def add_up_progress(self) -> dict[str, float]:
+        """What the epoch has brought so far, over all ranks: `epoch` (those that are done), `step`
+        of `steps`, `loss`, `tokens_per_s`. Every rank calls it before one of them takes `state()`
+        within an epoch.
+
+        Raises: TrainingError when the loss is not finite.
         """
-        totals = self._total_progress()
+        progress = self._progress
+        sums = [float(progress.loss_sum), float(progress.weight), progress.num_tokens]
+        loss_sum, weight, num_tokens = sum_over_ranks(sums, self.device)
+        loss = loss_sum / (weight or 1.0)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of epoch {self.epoch + 1} is {loss}; lower optimiser.learning_rate "
+                f"(now {self.recipe.optimiser.learning_rate}) or train in fp32."
+            )
         # On from here the first rank alone carries what was before.
-        self._progress = _Progress(self.step, *(totals if self.rank == 0 else (0.0, 0.0)))
+        is_first = self.rank == 0
+        progress.loss_sum = loss_sum if is_first else 0.0
+        progress.weight = weight if is_first else 0.0
+        progress.num_tokens = int(num_tokens) if is_first else 0
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps": self.steps_per_epoch,
+            "loss": loss,
+            "tokens_per_s": num_tokens / (time.perf_counter() - progress.started),
+        }
 
     def validate(self) -> tuple[float, float]:
         """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them."""
@@ -250,14 +268,11 @@ class Trainer:
         self._optimiser.restore(state["optimiser"])
         self.epoch = state["epoch"]
         progress = _Progress(**state["progress"])
-        self._progress = progress if self.rank == 0 else _Progress(progress.step)
+        if self.rank != 0:
+            progress.loss_sum = progress.weight = 0.0
+        self._progress = progress
         self.best_ndcg10, self.best_epoch = state["best_ndcg10"], state["best_epoch"]
         self._validations_without_gain = state["validations_without_gain"]
-
-    def _total_progress(self) -> tuple[float, float]:
-        sums = [float(self._progress.loss_sum), float(self._progress.weight)]
-        loss_sum, weight = sum_over_ranks(sums, self.device) if self.world_size > 1 else sums
-        return loss_sum, weight
 
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
@@ -279,6 +294,7 @@ class Trainer:
         self._optimiser.step(self._learning_rate())
         self._optimiser.zero_grad()
         self._progress.step += 1
+        self._progress.num_tokens += int(places.lengths_B.sum())
 
     def _loss(self, piece: Piece) -> Tensor:
         batch = piece.batch

@@ -21,6 +21,7 @@ from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.errors import TrainingError
 from recsys.targets import TargetsConfig
+from recsys.trainer import Trainer
 from tests.ray_jobs.conftest import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -126,13 +127,13 @@ def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypat
     for stage in (generate, ingest, build_sequences):
         stage.run(config)
     marker = tmp_path / "died"
-    original = train.Trainer.train_epoch
+    original = Trainer.train_epoch
 
-    def die_once(trainer):
+    def die_once(trainer, after_step):
         if trainer.epoch == 2 and trainer.rank == 0 and not Path(marker).exists():
             Path(marker).touch()
             os._exit(1)
-        return original(trainer)
+        return original(trainer, after_step)
 
     monkeypatch.setattr(train, "train_worker", _worker_with(die_once))
     train.run(config)

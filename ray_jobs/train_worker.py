@@ -1,0 +1,193 @@
+"""What runs on each worker of a training: every rank holds all tokens and takes its part of each
+batch.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray.train
+import torch
+from ray.train import Checkpoint
+from ray.train.torch import get_device
+from safetensors.torch import load_file
+
+from ray_jobs.config import PipelineConfig
+from ray_jobs.sequences_reader import Vocabulary, collect_tokens
+from recsys.checkpoint import load_checkpoint, save_checkpoint
+from recsys.errors import CheckpointError, TrainingError
+from recsys.memory_plan import Workload, refuse_what_cannot_fit
+from recsys.ranks import rank_and_world_size, sum_over_ranks
+from recsys.recipe import Recipe
+from recsys.splits import split_tokens
+from recsys.targets import find_targets
+from recsys.tokens import TokenStore
+from recsys.trainer import Trainer, choose_dtype
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What every worker is given beside the tokens."""
+
+    config: PipelineConfig
+    recipe: Recipe
+    vocabulary: Vocabulary
+    new_since_s: int | None = None
+    """Only events from then on are targets, seconds since the epoch."""
+    start_weights: Path | None = None
+    """What a run begins with instead of random weights."""
+
+
+def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
+    """Trains to the end of the plan and reports each epoch.
+
+    What would happen again at every try is returned as `{"refused": reason}` by all ranks, and not
+    raised, which Ray Train would take for a fault and repeat.
+    """
+    # Ray Train logs each report in full from a logger below the root, past its own settings.
+    logging.getLogger().setLevel(logging.WARNING)
+    plan: WorkerPlan = plan_parts["plan"]
+    store = collect_tokens(
+        ray.train.get_dataset_shard("tokens"), len(plan.vocabulary.context.fields)
+    )
+    try:
+        _refuse_what_cannot_fit(plan, store)
+        trainer = build_trainer(plan, store)
+        _resume(trainer)
+        _train(trainer, plan.config.train.trainer.max_minutes)
+    except TrainingError as error:
+        return {"refused": str(error)}
+    return {}
+
+
+def build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
+    """A trainer at its start. Raises: TrainingError."""
+    config, context = plan.config, plan.vocabulary.context
+    # The same seed on every rank: all start from the same weights.
+    torch.manual_seed(config.seed)
+    model = plan.vocabulary.make_model(plan.recipe.model)
+    if plan.start_weights is not None:
+        model.load_state_dict(load_file(plan.start_weights))
+    targets = find_targets(config.train.targets, context)
+    return Trainer(
+        plan.recipe,
+        config.train.trainer,
+        model,
+        store,
+        split_tokens(store, config.split, targets),
+        context.known_at_request_F,
+        seed=config.seed,
+        device=get_device(),
+        targets=targets,
+        new_since_s=plan.new_since_s,
+        # The best epoch is chosen by what will be evaluated.
+        filter_seen=config.evaluate.filter_seen,
+    )
+
+
+def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
+    """Continues from the first of these that is whole.
+
+    Raises: TrainingError when there are some and none is.
+    """
+    for checkpoint in candidates:
+        try:
+            with checkpoint.as_directory() as folder:
+                load_checkpoint(Path(folder), trainer)
+                return
+        except (CheckpointError, OSError) as error:
+            log.warning("%s Going on from the checkpoint before it.", error)
+    if candidates:
+        raise TrainingError(
+            f"None of the run's {len(candidates)} checkpoints is whole; give train.name another "
+            "value to start anew."
+        )
+
+
+def _resume(trainer: Trainer) -> None:
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        return
+    reported = [report.checkpoint for report in ray.train.get_all_reported_checkpoints()]
+    earlier = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != latest.path]
+    resume_from([latest, *earlier], trainer)
+
+
+def _train(trainer: Trainer, max_minutes: float | None) -> None:
+    started = time.perf_counter()
+    while not trainer.should_stop:
+        epoch = trainer.train_epoch(_checkpoint_within(trainer))
+        _report(trainer, epoch.metrics(), with_checkpoint=epoch.is_validated)
+        is_late = max_minutes is not None and time.perf_counter() - started > 60 * max_minutes
+        if epoch.is_validated and _is_over(is_late, trainer):
+            break
+
+
+def _checkpoint_within(trainer: Trainer) -> Callable[[], None] | None:
+    """What takes checkpoints within an epoch; every rank comes by after the same steps."""
+    every = trainer.config.checkpoint_every_steps
+    if every is None:
+        return None
+
+    def after_step() -> None:
+        if trainer.step % every == 0 and trainer.step < trainer.steps_per_epoch:
+            _report(trainer, trainer.add_up_progress(), with_checkpoint=True)
+
+    return after_step
+
+
+def _report(trainer: Trainer, metrics: dict[str, float], *, with_checkpoint: bool) -> None:
+    if trainer.rank != 0 or not with_checkpoint:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), trainer)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _is_over(is_late: bool, trainer: Trainer) -> bool:
+    # Clocks differ between ranks; the first one decides for all.
+    (verdict,) = sum_over_ranks([float(is_late and trainer.rank == 0)], trainer.device)
+    return verdict > 0
+
+
+def _refuse_what_cannot_fit(plan: WorkerPlan, store: TokenStore) -> None:
+    """Every rank plans with the memory that it sees, and all stop when one has to."""
+    device, (rank, world_size) = get_device(), rank_and_world_size()
+    trainer = plan.config.train.trainer
+    windows = -(-plan.recipe.batch_size // (world_size * trainer.micro_batches))
+    workload = Workload(
+        num_rows=plan.vocabulary.catalogue.num_rows,
+        num_tokens=store.num_tokens,
+        context_sizes=plan.vocabulary.context.sizes,
+        windows=windows,
+        dtype=choose_dtype(trainer.precision, device),
+        num_workers=world_size,
+        is_cuda=device.type == "cuda",
+    )
+    reason = ""
+    try:
+        memory = refuse_what_cannot_fit(plan.recipe, workload, _available_bytes(device))
+        if rank == 0:
+            print(f"each worker will hold up to {memory}", flush=True)
+    except TrainingError as error:
+        reason = str(error)
+    (num_refusing,) = sum_over_ranks([float(bool(reason))], device)
+    if num_refusing:
+        raise TrainingError(reason or "Training does not fit into the memory of another worker.")
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    # Workers of a node share what is free on it.
+    num_sharing: int = ray.train.get_context().get_local_world_size()
+    return int(psutil.virtual_memory().available) // num_sharing
