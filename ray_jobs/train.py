@@ -45,6 +45,7 @@ from ray_jobs.sequences_reader import (
     open_sequences,
 )
 from recsys.artifact import save_model
+from recsys.item_codes import agree_on_codes
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import split_tokens
 from recsys.targets import find_targets
@@ -75,6 +76,7 @@ def run(config: PipelineConfig) -> Report:
     vocabulary = learned.vocabulary
     find_targets(config.train.targets, vocabulary.context)  # those that nobody knows are refused
     _refuse_untrainable(learned)
+    _refuse_unknown_columns(recipe, vocabulary)
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +110,8 @@ def train_worker(plan_parts: Mapping[str, Any]) -> None:
     plan: WorkerPlan = plan_parts["plan"]
     context = plan.vocabulary.context
     store = collect_tokens(ray.train.get_dataset_shard("tokens"), len(context.fields))
-    trainer = _build_trainer(plan, store)
     checkpoint = ray.train.get_checkpoint()
+    trainer = _build_trainer(plan, store, learns_codes=checkpoint is None)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             load_checkpoint(Path(folder), trainer)
@@ -134,18 +136,23 @@ def read_history(run_folder: Path) -> list[dict[str, Any]]:
     return [epochs[number] for number in sorted(epochs)]
 
 
-def _build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
-    config, context = plan.config, plan.vocabulary.context
+def _build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool) -> Trainer:
+    """A checkpoint brings the item codes with the weights: then nobody learns them."""
+    config, context, catalogue = plan.config, plan.vocabulary.context, plan.vocabulary.catalogue
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = plan.vocabulary.make_model(plan.recipe.model)
     targets = find_targets(config.train.targets, context)
+    split, codes = split_tokens(store, config.split, targets), plan.recipe.model.item_codes
+    if codes is not None and learns_codes:
+        seed, device = config.seed, get_device()
+        model.load_codes(agree_on_codes(codes, store, split, catalogue, seed=seed, device=device))
     return Trainer(
         plan.recipe,
         config.train.trainer,
         model,
         store,
-        split_tokens(store, config.split, targets),
+        split,
         context.known_at_request_F,
         seed=config.seed,
         device=get_device(),
@@ -200,6 +207,13 @@ def _refuse_untrainable(learned: Learned) -> None:
             f"{learned.num_validated} a validation event; both are needed. Ingest longer "
             "histories, or choose other dates in [split] or other events in [train.targets]."
         )
+
+
+def _refuse_unknown_columns(recipe: Recipe, vocabulary: Vocabulary) -> None:
+    """Raises: CatalogueError when item codes are made of a column that the catalogue lacks."""
+    if recipe.model.item_codes is not None:
+        for name in recipe.model.item_codes.attributes.fields:
+            vocabulary.catalogue.column(name)
 
 
 def _record(plan: WorkerPlan, trainer: Trainer, epoch: EpochReport, epoch_s: float) -> None:
