@@ -192,3 +192,8 @@ def test_separate_outputs_score_items_by_vectors_of_their_own():
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValidationError, match="dim 10 is not divisible by num_heads 4"):
         ModelConfig(dim=10, num_heads=4)
+
+
+def test_a_width_that_codes_do_not_divide_is_refused():
+    with pytest.raises(ValidationError, match=r"dim 12 is not divisible by item_codes.length 8"):
+        ModelConfig(dim=12, item_codes={"length": 8})
