@@ -33,6 +33,7 @@ from recsys.checkpoint import load_checkpoint, save_checkpoint
 from recsys.comparison import compare
 from recsys.context import NO_TIME, ContextConfig
 from recsys.interactions import training_counts
+from recsys.item_codes import agree_on_codes
 from recsys.item_table import ItemFeatures
 from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
 from recsys.model import NextItemModel
@@ -130,6 +131,10 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     features = ItemFeatures.build(dataset.catalogue, encoder)
     num_rows, sizes = dataset.catalogue.num_rows, dataset.context.sizes
     model = NextItemModel(recipe.model, num_rows, sizes, features)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.model.item_codes is not None:
+        events = dataset.store, dataset.split, dataset.catalogue
+        model.load_codes(agree_on_codes(recipe.model.item_codes, *events, seed=seed, device=device))
     config = TrainerConfig(
         max_epochs=entry.max_epochs, patience=entry.patience, validation_users=entry.max_users
     )
@@ -141,7 +146,7 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
         dataset.split,
         dataset.context.known_at_request_F,
         seed=seed,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
 
 

@@ -34,13 +34,19 @@ from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.run_log import RunLog
-from ray_jobs.sequences_reader import Learned, learn_vocabulary, load_tokens, open_sequences
+from ray_jobs.sequences_reader import (
+    Learned,
+    Vocabulary,
+    learn_vocabulary,
+    load_tokens,
+    open_sequences,
+)
 from ray_jobs.start import Start, open_start
 from ray_jobs.train_worker import WorkerPlan, train_worker
 from recsys.artifact import save_model
 from recsys.checkpoint import read_weights
 from recsys.errors import CheckpointError, TrainingError
-from recsys.recipe import read_recipe
+from recsys.recipe import Recipe, read_recipe
 from recsys.targets import find_targets
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,7 @@ def run(config: PipelineConfig) -> Report:
     vocabulary = learned.vocabulary
     find_targets(config.train.targets, vocabulary.context)  # those that nobody knows are refused
     _refuse_untrainable(learned, start)
+    _refuse_unknown_columns(recipe, vocabulary)
     tokens = load_tokens(sequences, config, vocabulary)
 
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +195,13 @@ def _refuse_untrainable(learned: Learned, start: Start | None = None) -> None:
             f"{learned.num_validated} a validation event; both are needed. Ingest longer "
             "histories, or choose other dates in [split] or other events in [train.targets]."
         )
+
+
+def _refuse_unknown_columns(recipe: Recipe, vocabulary: Vocabulary) -> None:
+    """Raises: CatalogueError when item codes are made of a column that the catalogue lacks."""
+    if recipe.model.item_codes is not None:
+        for name in recipe.model.item_codes.attributes.fields:
+            vocabulary.catalogue.column(name)
 
 
 def _write_run(

@@ -21,6 +21,7 @@ from ray_jobs.config import PipelineConfig
 from ray_jobs.sequences_reader import Vocabulary, collect_tokens
 from recsys.checkpoint import load_checkpoint, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
+from recsys.item_codes import agree_on_codes
 from recsys.memory_plan import Workload, refuse_what_cannot_fit
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
@@ -59,29 +60,36 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
     )
     try:
         _refuse_what_cannot_fit(plan, store)
-        trainer = build_trainer(plan, store)
-        _resume(trainer)
+        checkpoints = _reported_checkpoints()
+        trainer = build_trainer(plan, store, learns_codes=not checkpoints)
+        resume_from(checkpoints, trainer)
         _train(trainer, plan.config.train.trainer.max_minutes)
     except TrainingError as error:
         return {"refused": str(error)}
     return {}
 
 
-def build_trainer(plan: WorkerPlan, store: TokenStore) -> Trainer:
-    """A trainer at its start. Raises: TrainingError."""
-    config, context = plan.config, plan.vocabulary.context
+def build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool = True) -> Trainer:
+    """A trainer at its start. A checkpoint, like the weights of a start, brings item codes along:
+    then nobody learns them. Raises: TrainingError.
+    """
+    config, context, catalogue = plan.config, plan.vocabulary.context, plan.vocabulary.catalogue
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = plan.vocabulary.make_model(plan.recipe.model)
     if plan.start_weights is not None:
         model.load_state_dict(load_file(plan.start_weights))
     targets = find_targets(config.train.targets, context)
+    split, codes = split_tokens(store, config.split, targets), plan.recipe.model.item_codes
+    if codes is not None and learns_codes and plan.start_weights is None:
+        seed, device = config.seed, get_device()
+        model.load_codes(agree_on_codes(codes, store, split, catalogue, seed=seed, device=device))
     return Trainer(
         plan.recipe,
         config.train.trainer,
         model,
         store,
-        split_tokens(store, config.split, targets),
+        split,
         context.known_at_request_F,
         seed=config.seed,
         device=get_device(),
@@ -111,13 +119,14 @@ def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
         )
 
 
-def _resume(trainer: Trainer) -> None:
+def _reported_checkpoints() -> list[Checkpoint]:
+    """The checkpoints that the run has kept, the latest first; none when it begins."""
     latest = ray.train.get_checkpoint()
     if latest is None:
-        return
+        return []
     reported = [report.checkpoint for report in ray.train.get_all_reported_checkpoints()]
     earlier = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != latest.path]
-    resume_from([latest, *earlier], trainer)
+    return [latest, *earlier]
 
 
 def _train(trainer: Trainer, max_minutes: float | None) -> None:

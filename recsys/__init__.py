@@ -8,7 +8,8 @@ Tensors carry their axes in their names, one letter an axis:
     D  model width                 T  packed tokens
     H  heads                       M  scored positions
     N  negatives                   F  context fields
-    U  users
+    U  users                       C  codes of an item
+    V  values of a code            E  width of a centroid
 
 An `item_id` is the shop's own key; an `item` is its dense index in the catalogue.
 """

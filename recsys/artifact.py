@@ -1,7 +1,7 @@
 """The published artifact: a folder that serving reads, and nothing else that it reads.
 
     config.json             sizes of the model, and how it was trained
-    model.safetensors       weights
+    model.safetensors       weights, and the codes of items where vectors are made of any
     catalogue.parquet       item_id, count, attributes; a row an item in index order
     context.json            context fields and their values
     attributes.json         attributes of items and their values, where vectors are made of any
@@ -85,7 +85,7 @@ def save_model(
 
 
 def save_weights(path: Path, model: NextItemModel) -> None:
-    """Writes the parameters as safetensors, fp32."""
+    """Writes the parameters, fp32, and codes of items, a byte each, as safetensors."""
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, path
     )

@@ -77,7 +77,8 @@ class Parity:
 
 def export_onnx(model: NextItemModel, path: Path) -> None:
     """Writes the encoder of a CPU model for windows of `max_len` positions, left-padded, and any
-    batch size. Items are looked up in one table, whatever their vectors are made of."""
+    batch size. Items are looked up in one table, or by their codes, whatever attributes they have.
+    """
     model = model.materialised()
     example = sample_inputs(model, num_windows=2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=4096)
@@ -119,7 +120,7 @@ def sample_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random inputs of `NextItemModel.forward`, left-padded to `max_len`, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    L, num_rows = model.config.max_len, model.items.num_embeddings
+    L, num_rows = model.config.max_len, len(model.item_bias)
     lengths_B1 = torch.randint(1, L + 1, (num_windows, 1), generator=generator)
     is_token_BL = torch.arange(L) >= L - lengths_B1
     items_BL = torch.randint(NUM_SPECIAL, num_rows, (num_windows, L), generator=generator)

@@ -33,6 +33,7 @@ _ATTRIBUTE_ROWS = (
     "attribute_bias.attributes",
 )
 _ITEM_ROWS = ("items.weight", "outputs.weight", "item_bias")
+_ITEM_CODES = ("items.codes", "outputs.codes")
 
 
 def refuse_other_architecture(
@@ -85,10 +86,10 @@ def grow_weights(
 
     grown = {}
     for name, weight in weights.items():
-        # Codes of items in place of vectors (`model.item_codes`) get a branch of their own here: a
-        # row a trained item is kept, a new one takes the codes nearest to the mean of its kind, and
-        # the centroids that codes point to are carried over like everything below.
-        if name in _ITEM_ROWS:
+        if name in _ITEM_CODES:
+            centroids = weights[name.replace("codes", "centroids")]
+            grown[name] = _grow_codes(weight, centroids, kept_I, fill, generator)
+        elif name in _ITEM_ROWS:
             grown[name] = _grow_items(weight, kept_I, fill, generator)
         elif name in _CONTEXT_ROWS:
             grown[name] = weight[context_rows]
@@ -157,6 +158,24 @@ def _grow_items(
     grown_ID[is_kept_I] = table_ID[torch.from_numpy(kept_I)[is_kept_I]]
     grown_ID[~is_kept_I] = fill(table_ID, generator)
     return grown_ID.view(-1, *weight.shape[1:])
+
+
+def _grow_codes(
+    codes_IC: Tensor,
+    centroids_CVE: Tensor,
+    kept_I: np.ndarray,
+    fill: _Fill,
+    generator: torch.Generator,
+) -> Tensor:
+    """A new item takes the codes whose centroids are nearest to where its vector would start."""
+    C, _, E = centroids_CVE.shape
+    table_ID = centroids_CVE[torch.arange(C), codes_IC.long()].flatten(1)
+    is_kept_I = torch.from_numpy(kept_I >= 0)
+    grown_IC = codes_IC.new_empty(len(kept_I), C)
+    grown_IC[is_kept_I] = codes_IC[torch.from_numpy(kept_I)[is_kept_I]]
+    wanted_CNE = fill(table_ID, generator).view(-1, C, E).transpose(0, 1)
+    grown_IC[~is_kept_I] = torch.cdist(wanted_CNE, centroids_CVE).argmin(2).T.to(codes_IC.dtype)
+    return grown_IC
 
 
 def _fill_zeros(table_ID: Tensor, _: torch.Generator) -> Tensor:

@@ -1,8 +1,10 @@
-"""Vectors of items: one learned for each id or, with attributes, one for the id and one for each
-attribute, added up, so that an item that was never trained on has a vector too.
+"""Vectors of items: one learned for each id, or one put together from centroids that ids share and,
+with attributes, one for each attribute added to it, so that an item that was never trained on has a
+vector too.
 
 A table is called with items `[...]` for their vectors `[..., D]`, so that sampled losses compute
-what they look at and nothing else; `all()` gives every row at once.
+what they look at and nothing else; `all()` gives every row at once, and `products` compares every
+row with states.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 
 from recsys.attributes import AttributeEncoder, ItemCodes
 from recsys.catalogue import NUM_SPECIAL, PAD, Catalogue
+from recsys.item_codes import ItemCodesConfig
 from recsys.touched_rows import TouchedRows
+
+_ROWS_PER_BLOCK = 8192
+_STATES_PER_GROUP = 32
+"""Products of 8 codes x 256 values with so many states, 256 KiB, stay in the cache of a core."""
+_LEAST_STATES = 4
+"""Rows of fewer numbers are added up several times as slowly."""
 
 
 class ItemTable(nn.Embedding):
@@ -34,6 +43,80 @@ class ItemTable(nn.Embedding):
     def all(self) -> Tensor:
         """The vectors of all items, `[I, D]`."""
         return self.weight
+
+    def products(self, hidden_BD: Tensor) -> Tensor:
+        """Inner products with all items, `[B, I]`, in the dtype of the states."""
+        return hidden_BD @ self.all().to(hidden_BD.dtype).T
+
+
+class CodedTable(nn.Module):
+    """Vectors put together from centroids, of which the codes of an item choose one each (RecJPQ:
+    Petrov & Macdonald, 2024, doi:10.1145/3616855.3635821). Only the centroids are learned.
+
+    Codes are drawn at random until others are given, see `item_codes`. They are part of the
+    weights, which is all that a published model needs. The vector of the padding is zero.
+    """
+
+    touched = None
+    """Codes are not learned, and centroids are few: a step updates all of them."""
+
+    def __init__(self, num_rows: int, dim: int, config: ItemCodesConfig) -> None:
+        super().__init__()
+        C, V = config.length, config.num_values
+        self.centroids = nn.Parameter(torch.empty(C, V, dim // C))
+        self.codes: Tensor
+        self.starts_C: Tensor
+        self.register_buffer("codes", torch.randint(V, (num_rows, C), dtype=torch.uint8))
+        self.register_buffer("starts_C", torch.arange(C, dtype=torch.int32) * V, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As vectors of their own begin."""
+        nn.init.trunc_normal_(self.centroids, std=0.02)
+
+    def forward(self, items: Tensor) -> Tensor:
+        C, V, _ = self.centroids.shape
+        places = self._places(self.codes[items]).masked_fill((items == PAD)[..., None], C * V)
+        # Behind the centroids stands the zero that padding is made of.
+        rows = F.pad(self.centroids.flatten(0, 1), (0, 0, 0, 1))
+        return F.embedding(places, rows).flatten(-2)
+
+    def all(self) -> Tensor:
+        """The vectors of all items, `[I, D]`, put together now."""
+        vectors: Tensor = self(torch.arange(len(self.codes), device=self.codes.device))
+        return vectors
+
+    def products(self, hidden_BD: Tensor) -> Tensor:
+        """Inner products with all items, fp32 `[B, I]`: each centroid is multiplied once, and an
+        item adds up those of its codes (PQTopK: Petrov, Macdonald & Tonellotto, 2024,
+        doi:10.1145/3640457.3688178). Exact, and no vector of an item is ever put together.
+        """
+        num_rows = len(self.codes)
+        products_BI = hidden_BD.new_empty(len(hidden_BD), num_rows, dtype=torch.float32)
+        partials = {
+            start: self._multiply(hidden_BD[start : start + _STATES_PER_GROUP])
+            for start in range(0, len(hidden_BD), _STATES_PER_GROUP)
+        }
+        for start in range(0, num_rows, _ROWS_PER_BLOCK):
+            block = slice(start, start + _ROWS_PER_BLOCK)
+            places = self._places(self.codes[block])
+            for first, partial in partials.items():
+                summed = F.embedding_bag(places, partial, mode="sum").T
+                group_GI = products_BI[first : first + _STATES_PER_GROUP, block]
+                group_GI.copy_(summed[: len(group_GI)])
+        products_BI[:, PAD] = 0
+        return products_BI
+
+    def _places(self, codes: Tensor) -> Tensor:
+        """Where the chosen centroids lie among all of them, int32 `[..., C]`."""
+        return codes.int() + self.starts_C
+
+    def _multiply(self, hidden_GD: Tensor) -> Tensor:
+        """Products of every centroid with its part of each state, fp32 `[C * V, at least G]`."""
+        C, _, E = self.centroids.shape
+        missing = max(0, _LEAST_STATES - len(hidden_GD))
+        parts_GCE = F.pad(hidden_GD.float(), (0, 0, 0, missing)).view(-1, C, E)
+        return (self.centroids @ parts_GCE.permute(1, 2, 0)).flatten(0, 1)
 
 
 class ItemFeatures(nn.Module):
@@ -98,6 +181,11 @@ class ItemFeatures(nn.Module):
         places = torch.arange(len(moved), dtype=torch.int32, device=moved.device) + moved
         return self._bag(weight, self.codes[places], ends).view(*items.shape, weight.shape[1])
 
+    def add_to(self, ids: Tensor, weight: Tensor, items: Tensor | None = None) -> Tensor:
+        """Vectors of ids `[..., D]`, hidden ones left out, plus those of the items' attributes."""
+        rows = slice(None) if items is None else items
+        return ids.masked_fill(self.is_hidden_I[rows][..., None], 0) + self.pool(weight, items)
+
     @staticmethod
     def _bag(weight: Tensor, codes: Tensor, offsets: Tensor) -> Tensor:
         return F.embedding_bag(codes, weight, offsets, mode="sum", include_last_offset=True)
@@ -112,14 +200,33 @@ class AttributedTable(ItemTable):
         self.attributes = nn.Embedding(features.num_codes, dim)
 
     def forward(self, items: Tensor) -> Tensor:
-        is_hidden = self.features.is_hidden_I[items][..., None]
-        ids = super().forward(items).masked_fill(is_hidden, 0)
-        return ids + self.features.pool(self.attributes.weight, items)
+        return self.features.add_to(super().forward(items), self.attributes.weight, items)
 
     def all(self) -> Tensor:
         """The vectors of all items, `[I, D]`, computed now."""
-        ids_ID = self.weight.masked_fill(self.features.is_hidden_I[:, None], 0)
-        return ids_ID + self.features.pool(self.attributes.weight)
+        return self.features.add_to(super().all(), self.attributes.weight)
+
+
+class AttributedCodedTable(CodedTable):
+    """`centroids of the id + attributes`, where a hidden id adds nothing."""
+
+    def __init__(
+        self, num_rows: int, dim: int, config: ItemCodesConfig, features: ItemFeatures
+    ) -> None:
+        super().__init__(num_rows, dim, config)
+        self.features = features
+        self.attributes = nn.Embedding(features.num_codes, dim)
+
+    def forward(self, items: Tensor) -> Tensor:
+        return self.features.add_to(super().forward(items), self.attributes.weight, items)
+
+    def products(self, hidden_BD: Tensor) -> Tensor:
+        """Inner products with all items, `[B, I]`, in the dtype of the states."""
+        return hidden_BD @ self.all().to(hidden_BD.dtype).T
+
+
+Table = ItemTable | CodedTable
+"""Whatever gives items their vectors."""
 
 
 class AttributeBias(nn.Module):
@@ -168,8 +275,18 @@ def all_rows(table: Tensor | Rows) -> Tensor:
     return table if isinstance(table, Tensor) else table.all()
 
 
-def make_table(num_rows: int, dim: int, features: ItemFeatures | None) -> ItemTable:
-    """The table that fits: by attributes where there are features."""
-    if features is None:
-        return ItemTable(num_rows, dim)
-    return AttributedTable(num_rows, dim, features)
+def make_table(
+    num_rows: int, dim: int, features: ItemFeatures | None, codes: ItemCodesConfig | None = None
+) -> Table:
+    """The table that fits: put together from codes where there are any, and by attributes where
+    there are features.
+    """
+    if codes is not None:
+        return (
+            CodedTable(num_rows, dim, codes)
+            if features is None
+            else AttributedCodedTable(num_rows, dim, codes, features)
+        )
+    return (
+        ItemTable(num_rows, dim) if features is None else AttributedTable(num_rows, dim, features)
+    )

@@ -16,10 +16,13 @@ from recsys.blocks import BLOCKS, Dropout, Seen, bucket_ages
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
 from recsys.item_table import (
     AttributeBias,
+    AttributedCodedTable,
     AttributedTable,
+    CodedTable,
     ItemFeatures,
     ItemTable,
     Rows,
+    Table,
     make_table,
 )
 from recsys.model_config import ModelConfig
@@ -62,10 +65,11 @@ class NextItemModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.items = make_table(num_rows, config.dim, features)
-        self.outputs = (
-            make_table(num_rows, config.dim, features) if config.separate_output else None
-        )
+        whole = num_rows, config.dim, features, config.item_codes
+        self.items = make_table(*whole)
+        self.outputs = make_table(*whole) if config.separate_output else None
+        if isinstance(self.items, CodedTable):
+            self.load_codes(self.items.codes)
         self.item_bias = nn.Parameter(torch.zeros(num_rows))
         self.attribute_bias = AttributeBias(features) if features is not None else None
         self.positions = nn.Embedding(config.max_len, config.dim)
@@ -84,7 +88,7 @@ class NextItemModel(nn.Module):
     @property
     def output_table_ID(self) -> Tensor:
         """The vectors that states are compared with."""
-        return self._output_table.all()
+        return self.output_table.all()
 
     @property
     def output_bias_I(self) -> Tensor:
@@ -95,10 +99,13 @@ class NextItemModel(nn.Module):
         """The vectors `[I, D]` and biases `[I]` of items as losses look at them: rows that cost
         something are computed when they are indexed.
         """
-        if self.attribute_bias is None and self._output_table.touched is None:
-            return self.output_table_ID, self.item_bias
-        table, num_rows = self._output_table, len(self.item_bias)
+        table, num_rows = self.output_table, len(self.item_bias)
+        is_whole = self.items.touched is None
+        if type(table) is ItemTable and is_whole:
+            return table.weight, self.item_bias
         vectors = Rows(lambda items: table.all() if items is None else table(items), num_rows)
+        if self.attribute_bias is None and is_whole:
+            return vectors, self.item_bias
         return vectors, Rows(self._biases, num_rows)
 
     def touch(self, touched: TouchedRows | None) -> None:
@@ -109,7 +116,14 @@ class NextItemModel(nn.Module):
     @property
     def item_parameters(self) -> list[Tensor]:
         """The parameters that have a row an item."""
-        return [*(table.weight for table in self._tables), self.item_bias]
+        tables = [table.weight for table in self._tables if isinstance(table, ItemTable)]
+        return [*tables, self.item_bias]
+
+    def load_codes(self, codes_IC: Tensor) -> None:
+        """Takes the codes of all rows, uint8, as `item_codes.learn_codes` gives them."""
+        for table in self._tables:
+            if isinstance(table, CodedTable):
+                table.codes.copy_(codes_IC)
 
     def hide_ids(self, generator: torch.Generator) -> None:
         """Draws whose ids are hidden in the next training step; nothing without attributes."""
@@ -118,7 +132,7 @@ class NextItemModel(nn.Module):
 
     def materialised(self) -> "NextItemModel":
         """The model as it serves, in evaluation mode: a copy with plain item tables that hold what
-        ids and attributes add up to. Without attributes it is the model itself.
+        ids and attributes add up to. Without attributes it is the model itself, codes and all.
         """
         self.eval()
         if self.attribute_bias is None:
@@ -127,7 +141,7 @@ class NextItemModel(nn.Module):
             # What the copy finds in here it takes instead of copying.
             plain: dict[int, Any] = {id(self.item_bias): nn.Parameter(self._biases())}
             for table in self._tables:
-                plain[id(table)] = ItemTable(len(table.weight), self.config.dim, table.all())
+                plain[id(table)] = ItemTable(len(self.item_bias), self.config.dim, table.all())
             plain[id(self.attribute_bias)] = None
             return copy.deepcopy(self, plain)
 
@@ -169,17 +183,17 @@ class NextItemModel(nn.Module):
 
     def scores(self, hidden_BD: Tensor) -> Tensor:
         """Scores `[B, I]`; padding and mask are -inf."""
-        table_ID = self.output_table_ID.to(hidden_BD.dtype)
-        scores_BI = (hidden_BD @ table_ID.T).float().add_(self.output_bias_I)
+        scores_BI = self.output_table.products(hidden_BD).float().add_(self.output_bias_I)
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
 
     @property
-    def _output_table(self) -> ItemTable:
+    def output_table(self) -> Table:
+        """What knows the vectors that states are compared with."""
         return self.items if self.outputs is None else self.outputs
 
     @property
-    def _tables(self) -> list[ItemTable]:
+    def _tables(self) -> list[Table]:
         return [self.items] if self.outputs is None else [self.items, self.outputs]
 
     def _biases(self, items: Tensor | None = None) -> Tensor:
@@ -261,7 +275,9 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.weight[module.padding_idx].zero_()
-    if isinstance(module, AttributedTable):
+    if isinstance(module, CodedTable):
+        module.reset_parameters()
+    if isinstance(module, AttributedTable | AttributedCodedTable):
         # Most often no trained item lacks an attribute, and unknown then means nothing.
         with torch.no_grad():
             module.attributes.weight[module.features.unknown_codes_F] = 0

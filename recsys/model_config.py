@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from recsys.item_codes import ItemCodesConfig
+
 
 class ModelConfig(BaseModel):
     """Sizes of the encoder."""
@@ -25,6 +27,9 @@ class ModelConfig(BaseModel):
     scale_items: bool = False
     """Multiplies item vectors by the root of `dim` before positions are added to them (Vaswani et
     al., 2017, and SASRec), so that the item itself weighs more in what the blocks pass on."""
+    item_codes: ItemCodesConfig | None = None
+    """Vectors of items are put together from shared centroids that a few bytes an item choose;
+    None: a vector of its own for each item."""
     id_dropout: float = Field(0.2, ge=0, lt=1)
     """With attributes: share of the items whose ids are hidden in a training step, so that their
     attributes learn to stand for an item that is new."""
@@ -40,6 +45,14 @@ class ModelConfig(BaseModel):
     def _heads_divide_dim(self) -> "ModelConfig":
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _codes_divide_dim(self) -> "ModelConfig":
+        if self.item_codes is not None and self.dim % self.item_codes.length:
+            raise ValueError(
+                f"dim {self.dim} is not divisible by item_codes.length {self.item_codes.length}"
+            )
         return self
 
     @property

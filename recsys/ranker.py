@@ -77,9 +77,7 @@ class Ranker:
         self._index = ItemIndex(artifact.catalogue)
         self._context = artifact.context
         self._encode = _encoder(backend, artifact.path, self._model)
-        self._inverse_norms_I = 1 / self._model.output_table_ID.detach().norm(dim=1).clamp(
-            min=1e-12
-        )
+        self._inverse_norms_I = _inverse_norms(self._model)
         self._blocked_mask = lru_cache(maxsize=64)(self._compute_blocked)
         self.info = RankerInfo(
             artifact.version, artifact.catalogue.num_items, str(self._device), backend
@@ -152,8 +150,8 @@ class Ranker:
         return self._model.scores(hidden_BD)
 
     def _cosines(self, items_B: Tensor) -> Tensor:
-        table_ID = self._model.output_table_ID
-        scores_BI: Tensor = (table_ID[items_B] @ table_ID.T) * self._inverse_norms_I
+        table = self._model.output_table
+        scores_BI: Tensor = table.products(table(items_B)) * self._inverse_norms_I
         scores_BI *= self._inverse_norms_I[items_B, None]
         scores_BI[:, :NUM_SPECIAL] = float("-inf")
         return scores_BI
@@ -195,6 +193,14 @@ class Ranker:
         return RankedList(
             tuple(self._index.decode(items)), tuple(scores), self.info.model_version, unknown_items
         )
+
+
+@torch.no_grad()
+def _inverse_norms(model: NextItemModel) -> Tensor:
+    """One over the length of every item's vector, `[I]`, in blocks: a table may exist as codes."""
+    items_I = torch.arange(len(model.item_bias), device=model.item_bias.device)
+    norms = [model.output_table(items).norm(dim=1) for items in torch.split(items_I, 2**16)]
+    return 1 / torch.cat(norms).clamp(min=1e-12)
 
 
 def _available_device() -> str:

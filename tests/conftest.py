@@ -108,8 +108,10 @@ def write_artifact(
     torch.manual_seed(seed)
     config = config or ModelConfig(dim=16, num_layers=1, num_heads=2, max_len=10)
     model = NextItemModel(config, shop.catalogue.num_rows, shop.context.sizes)
+    table = model.items
     with torch.no_grad():
-        model.items.weight[NUM_SPECIAL:].normal_()
+        vectors = table.centroids if config.item_codes else table.weight[NUM_SPECIAL:]
+        vectors.normal_()
         model.item_bias.normal_()
     save_model(folder, model, shop.catalogue, shop.context)
     split = leave_one_out(shop.store.offsets_U)

@@ -9,6 +9,7 @@ from benchmarks import leaderboard, published
 from benchmarks.leaderboard import (
     Entry,
     compare_trainings,
+    make_trainer,
     measure_baselines,
     read_entries,
     render,
@@ -16,6 +17,7 @@ from benchmarks.leaderboard import (
 )
 from benchmarks.published import Events
 from recsys.context import NO_TIME
+from recsys.item_codes import ItemCodesConfig, learn_codes
 from recsys.recipe import read_recipe
 
 _ENTRY = Entry(
@@ -55,6 +57,17 @@ def test_what_a_training_found_is_kept(circle):
     assert kept["num_users"] == 40
     assert len(kept["history"]) == kept["epochs"] == 3
     assert len(kept["targets_sha256"]) == 64
+
+
+@pytest.mark.usefixtures("circle")
+def test_a_row_with_item_codes_learns_them_from_what_trains():
+    codes = ItemCodesConfig(length=4, num_values=4)
+    sizes = {"dim": 16, "max_len": 8, "item_codes": codes.model_dump()}
+    entry = _ENTRY.model_copy(update={"overrides": {"batch_size": 8, "model": sizes}})
+    dataset = published.read_dataset("circle")
+    trainer = make_trainer(entry, dataset, seed=3)
+    expected = learn_codes(codes, dataset.store, dataset.split, dataset.catalogue, seed=3)
+    assert np.array_equal(trainer.model.items.codes.numpy(), expected)
 
 
 def test_a_training_that_was_cut_off_ends_where_an_unbroken_one_ends(circle, monkeypatch):

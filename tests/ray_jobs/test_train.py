@@ -11,15 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
 from ray_jobs import build_sequences, evaluate, generate, ingest, train
 from ray_jobs.errors import JobError
 from ray_jobs.runs import open_run
 from ray_jobs.sequences_reader import Learned, Vocabulary
 from ray_jobs.train import read_history
-from recsys.catalogue import Catalogue
+from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
-from recsys.errors import TrainingError
+from recsys.errors import CatalogueError, TrainingError
+from recsys.item_codes import ItemCodesConfig, learn_codes
+from recsys.recipe import read_recipe
+from recsys.splits import leave_one_out
 from recsys.targets import TargetsConfig
 from recsys.trainer import Trainer
 from tests.ray_jobs.conftest import TINY, tiny_config
@@ -71,6 +75,33 @@ def test_auto_takes_the_gpus_that_there_are(tmp_path, monkeypatch, resources, ex
     assert (scaling.num_workers, scaling.use_gpu) == expected
 
 
+def test_item_codes_are_learned_once_and_then_come_with_the_checkpoint(tmp_path, shop, monkeypatch):
+    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
+    changes = {"dim": 16, "item_codes": {"length": 4}}
+    recipe = read_recipe("sasrec-ce", {"model": changes})
+    vocabulary = Vocabulary(shop.catalogue, shop.context)
+    config = tiny_config(tmp_path)
+    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path)
+    split = leave_one_out(shop.store.offsets_U)
+    codes = recipe.model.item_codes
+    expected = learn_codes(codes, shop.store, split, shop.catalogue, seed=config.seed)
+
+    learned, resumed = (
+        train._build_trainer(plan, shop.store, learns_codes=learns).model.items.codes
+        for learns in (True, False)
+    )
+
+    assert np.array_equal(learned.numpy(), expected)
+    assert not torch.equal(resumed, learned)
+
+
+def test_item_codes_of_a_column_that_is_not_there_are_refused_before_workers_start(shop):
+    codes = ItemCodesConfig(source="attributes", attributes={"categorical": ["category", "brand"]})
+    recipe = read_recipe("sasrec-ce", {"model": {"item_codes": codes.model_dump()}})
+    with pytest.raises(CatalogueError, match="The catalogue has no column 'brand'"):
+        train._refuse_unknown_columns(recipe, Vocabulary(shop.catalogue, shop.context))
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_do_not_fit_are_refused_with_the_settings_to_change(tiny):
@@ -118,6 +149,25 @@ def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path):
     evaluation = open_run(config, None).evaluation()
     assert evaluation["target_event_types"] == ["purchase"]
     assert 0 < evaluation["num_test_users"] < 400
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path):
+    codes = '{length=4, num_values=16, source="attributes", attributes={categorical=["category"]}}'
+    config = tiny_config(tmp_path, f"train.overrides.model.item_codes={codes}")
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    train.run(config)
+    evaluate.run(config)
+
+    run = open_run(config, None)
+    model, categories = run.load_model(), run.vocabulary.catalogue.column("category").to_pylist()
+    codes_IC = model.items.codes[NUM_SPECIAL:]
+    assert codes_IC.shape == (len(categories), 4)
+    # The first code is the category, whichever rank looks at it.
+    pairs = set(zip(categories, codes_IC[:, 0].tolist(), strict=True))
+    assert len(pairs) == len(set(categories)) == len(codes_IC[:, 0].unique())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,15 @@ from recsys.attributes import AttributeEncoder, AttributesConfig
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.fallback import write_fallback
+from recsys.item_codes import ItemCodesConfig
 from recsys.item_table import ItemFeatures
 from recsys.model import NextItemModel
+from recsys.model_config import ModelConfig
 from recsys.recipe import read_recipe
 from recsys.splits import Split, leave_one_out
 from recsys.tokens import TokenStore
 from recsys.trainer import Trainer, TrainerConfig
+from tests.conftest import write_artifact
 
 
 @pytest.fixture
@@ -121,3 +125,12 @@ def fashion_artifact(fashion, tmp_path_factory) -> Artifact:
         (folder / "metrics.json").write_text("{}")
 
     return load_artifact(publish(tmp_path_factory.mktemp("fashion"), "v1", write, {}))
+
+
+@pytest.fixture(scope="session")
+def coded_artifact(shop, tmp_path_factory) -> Artifact:
+    """An untrained version whose items have four codes each, published."""
+    codes = ItemCodesConfig(length=4, num_values=8)
+    config = ModelConfig(dim=16, num_layers=1, num_heads=2, max_len=10, item_codes=codes)
+    write = partial(write_artifact, shop=shop, config=config)
+    return load_artifact(publish(tmp_path_factory.mktemp("coded"), "v1", write, {}))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recsys.artifact import MANIFEST, load_artifact, publish
 from recsys.attributes import NO_ATTRIBUTES
@@ -114,3 +115,14 @@ def test_artifact_without_attributes_holds_nothing_of_them(registry):
 def test_attributes_that_do_not_belong_to_the_weights_are_refused(fashion_artifact):
     with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded: .*items\.attributes\.weight"):
         replace(fashion_artifact, attributes=NO_ATTRIBUTES).load_model()
+
+
+def test_codes_come_back_from_the_weights_alone(coded_artifact):
+    saved = load_file(coded_artifact.path / "model.safetensors")
+    assert saved["items.codes"].dtype == torch.uint8
+    assert saved["items.codes"].shape == (coded_artifact.catalogue.num_rows, 4)
+    assert "items.weight" not in saved
+
+    first, second = coded_artifact.load_model(), coded_artifact.load_model()
+    assert torch.equal(first.items.codes, saved["items.codes"])
+    assert torch.equal(first.output_table_ID, second.output_table_ID)

@@ -98,6 +98,37 @@ def test_export_of_vectors_made_of_attributes_is_one_gather(fashion_artifact, tm
     assert reader == "Gather"
 
 
+@pytest.fixture(scope="module")
+def coded(coded_artifact, tmp_path_factory):
+    """The version with item codes and its export."""
+    folder = shutil.copytree(coded_artifact.path, tmp_path_factory.mktemp("coded-export") / "v1")
+    artifact = replace(coded_artifact, path=folder)
+    export_onnx(artifact.load_model(), folder / MODEL_FILE)
+    return artifact
+
+
+def test_export_of_coded_items_holds_codes_instead_of_vectors(coded):
+    model = coded.load_model()
+    result = parity(model, coded.path / MODEL_FILE)
+
+    assert result.overlap == 1.0
+    assert result.max_difference < 1e-4
+    weights = onnx.load(coded.path / MODEL_FILE).graph.initializer
+    shapes = [list(weight.dims) for weight in weights]
+    assert [len(model.item_bias), 4] in shapes
+    assert [len(model.item_bias), model.config.dim] not in shapes
+
+
+def test_ranker_gives_the_same_lists_of_coded_items_with_either_backend(coded):
+    query = Query((Event("i1"), Event("i2"), Event("i3")))
+
+    (expected,) = Ranker(coded, device="cpu").rank([query])
+    (exported,) = Ranker(coded, device="cpu", backend="onnx").rank([query])
+
+    assert expected.item_ids == exported.item_ids
+    np.testing.assert_allclose(expected.scores, exported.scores, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_export_of_a_model_without_context(tmp_path):
     model = make_model("bidirectional", context_sizes=())

@@ -1,12 +1,23 @@
-"""Vectors of items: what ids and attributes add up to, and whose ids are hidden."""
+"""Vectors of items: what ids and attributes add up to, whose ids are hidden, and what codes put
+together.
+"""
 
 import numpy as np
 import pytest
 import torch
 
+from recsys import item_table
 from recsys.attributes import ItemCodes
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
-from recsys.item_table import AttributeBias, AttributedTable, ItemFeatures, ItemTable
+from recsys.item_codes import ItemCodesConfig
+from recsys.item_table import (
+    AttributeBias,
+    AttributedCodedTable,
+    AttributedTable,
+    CodedTable,
+    ItemFeatures,
+    ItemTable,
+)
 from recsys.losses import LossConfig, compute_loss
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
@@ -263,3 +274,196 @@ def test_training_ranks_a_cold_item_of_the_wanted_category_high(fashion, recipe_
         assert scores[cold].argmax() == category
         # Not held back either: it stands among the ten of its category.
         assert (scores > scores[cold[category]]).sum() < 10
+
+
+def make_coded_table(num_rows=5, dim=2, length=2, num_values=2):
+    torch.manual_seed(0)
+    table = CodedTable(num_rows, dim, ItemCodesConfig(length=length, num_values=num_values))
+    torch.nn.init.normal_(table.centroids)
+    return table
+
+
+def make_coded_model(features=None, separate_output=False):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        attention="causal",
+        dim=8,
+        num_layers=1,
+        num_heads=1,
+        max_len=4,
+        dropout=0.0,
+        separate_output=separate_output,
+        item_codes=ItemCodesConfig(length=4, num_values=3),
+    )
+    model = NextItemModel(config, 5, (), features)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def put_together(table):
+    """The whole table item by item and code by code, `[I, D]`, as a leaf with a gradient."""
+    rows = [
+        torch.cat([table.centroids[place, code] for place, code in enumerate(codes.tolist())])
+        for codes in table.codes
+    ]
+    rows[PAD] = torch.zeros_like(rows[PAD])
+    return torch.stack(rows).detach().requires_grad_()
+
+
+def gradient_of_centroids(table, gradient_ID):
+    """What the gradient of a whole table means for the centroids, added up item by item."""
+    gradient_CVE = torch.zeros_like(table.centroids)
+    width = table.centroids.shape[2]
+    for item, codes in enumerate(table.codes.tolist()):
+        for place, code in enumerate(codes):
+            part = gradient_ID[item, place * width : (place + 1) * width]
+            gradient_CVE[place, code] += part if item != PAD else 0
+    return gradient_CVE
+
+
+def test_a_coded_vector_is_the_chosen_centroids_side_by_side():
+    table = make_coded_table(num_rows=4)
+    table.codes.copy_(torch.tensor([[1, 1], [0, 0], [0, 1], [1, 0]]))
+    with torch.no_grad():
+        table.centroids.copy_(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]))
+    expected = [[0.0, 0.0], [1.0, 3.0], [1.0, 4.0], [2.0, 3.0]]  # padding is nothing
+    assert table.all().tolist() == expected
+    assert table(torch.arange(4)).tolist() == expected
+    assert table(torch.tensor([[3, PAD]])).tolist() == [[[2.0, 3.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 1, 5), (0,)])
+def test_looking_up_any_shape_by_codes_agrees_with_the_whole_table(shape):
+    table = make_coded_table(dim=6)
+    items = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(table(items), put_together(table)[items])
+
+
+@pytest.mark.parametrize("num_states", [0, 1, 3, 33, 70])
+def test_products_by_codes_are_those_of_the_whole_table(num_states, monkeypatch):
+    monkeypatch.setattr(item_table, "_ROWS_PER_BLOCK", 7)
+    table = make_coded_table(num_rows=30, dim=12, length=3, num_values=5)
+    hidden = torch.randn(num_states, 12)
+    torch.testing.assert_close(table.products(hidden), hidden @ put_together(table).T)
+
+
+def test_products_of_rounded_states_are_added_up_in_full():
+    table = make_coded_table(num_rows=30, dim=12, length=3, num_values=5)
+    hidden = torch.randn(2, 12).bfloat16()
+    products = table.products(hidden)
+    assert products.dtype == torch.float32
+    torch.testing.assert_close(products, hidden.float() @ put_together(table).T)
+
+
+@pytest.mark.parametrize("kind", ["full-softmax", "sampled-softmax", "gbce"])
+def test_gradients_reach_the_centroids_as_a_whole_table_would_pass_them_on(kind):
+    table, bias = make_coded_table(num_rows=9, dim=4, num_values=3), torch.zeros(9)
+    negatives = Negatives(torch.tensor([[3, 8, 8]]), torch.zeros(1, 3))
+    hidden, targets = torch.randn(2, 4), torch.tensor([2, 5])
+    whole = put_together(table)
+
+    compute_loss(LossConfig(kind=kind), hidden, whole, bias, targets, negatives).backward()
+    rows = item_table.Rows(lambda items: table.all() if items is None else table(items), 9)
+    compute_loss(LossConfig(kind=kind), hidden, rows, bias, targets, negatives).backward()
+
+    torch.testing.assert_close(table.centroids.grad, gradient_of_centroids(table, whole.grad))
+    assert [name for name, _ in table.named_parameters()] == ["centroids"]
+
+
+def test_products_pass_on_the_gradient_of_a_whole_table():
+    table = make_coded_table(num_rows=9, dim=4, num_values=3)
+    hidden, whole = torch.randn(3, 4), put_together(table)
+    weights = torch.randn(3, 9)
+    (table.products(hidden) * weights).sum().backward()
+    (hidden @ whole.T * weights).sum().backward()
+    torch.testing.assert_close(table.centroids.grad, gradient_of_centroids(table, whole.grad))
+
+
+def test_sampled_losses_never_put_the_whole_coded_table_together(monkeypatch):
+    model = make_coded_model().train()
+    monkeypatch.setattr(CodedTable, "all", lambda table: pytest.fail("all rows put together"))
+    vectors, bias = model.output_rows()
+    assert vectors[torch.tensor([[2, 3]])].shape == (1, 2, 8)
+    assert (len(vectors), bias) == (5, model.item_bias)
+
+
+def test_a_full_softmax_puts_the_coded_table_together_once(monkeypatch):
+    model, calls = make_coded_model().train(), []
+    whole = CodedTable.all
+    monkeypatch.setattr(CodedTable, "all", lambda table: calls.append(1) or whole(table))
+    hidden = torch.randn(6, 8)
+    config = LossConfig(block_size=2)
+    compute_loss(config, hidden, *model.output_rows(), torch.tensor([2, 3, 4, 2, 3, 4]), None)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("separate_output", [False, True])
+def test_a_coded_model_scores_as_one_with_the_whole_table(separate_output):
+    model = make_coded_model(separate_output=separate_output).eval()
+    hidden = torch.randn(3, 8)
+    expected = hidden @ put_together(model.output_table).T + model.item_bias
+    torch.testing.assert_close(model.scores(hidden)[:, NUM_SPECIAL:], expected[:, NUM_SPECIAL:])
+    assert model.scores(hidden)[:, :NUM_SPECIAL].isneginf().all()
+    assert model.materialised() is model
+
+
+def test_separate_outputs_share_codes_and_have_centroids_of_their_own():
+    model = make_coded_model(separate_output=True)
+    assert torch.equal(model.items.codes, model.outputs.codes)
+    assert not torch.equal(model.items.centroids, model.outputs.centroids)
+    model.load_codes(torch.full((5, 4), 2, dtype=torch.uint8))
+    assert model.items.codes.unique() == model.outputs.codes.unique() == 2
+
+
+def test_codes_are_part_of_the_weights_and_bring_the_table_back():
+    model, other = make_coded_model(), make_coded_model()
+    other.load_codes(torch.zeros(5, 4, dtype=torch.uint8))
+    assert not torch.equal(other.output_table_ID, model.output_table_ID)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.output_table_ID, model.output_table_ID)
+
+
+def test_a_coded_table_is_as_small_as_its_centroids_and_a_byte_a_code():
+    table = CodedTable(100_000, 64, ItemCodesConfig())
+    assert sum(parameter.numel() for parameter in table.parameters()) == 256 * 64
+    size_bytes = sum(tensor.nbytes for tensor in table.state_dict().values())
+    assert size_bytes == 256 * 64 * 4 + 100_000 * 8  # a table in full: 25,600,000
+
+
+def test_codes_and_attributes_add_up():
+    model = make_coded_model(make_features()).eval()
+    table = model.items
+    assert type(table) is AttributedCodedTable
+    ids = CodedTable.forward(table, torch.arange(5)).detach()
+    ids[_COLD] = 0  # nobody has learned what its id means
+    attributes = model.items.attributes.weight
+    added = torch.zeros(5, 8)
+    added[2], added[_COLD] = attributes[1] + attributes[3], attributes[1] + attributes[2]
+    torch.testing.assert_close(table.all(), ids + added)
+    torch.testing.assert_close(table(torch.tensor([4, 2])), (ids + added)[[4, 2]])
+
+
+@pytest.mark.parametrize("separate_output", [False, True])
+def test_the_materialised_model_of_codes_and_attributes_scores_the_same(separate_output):
+    model = make_coded_model(make_features(), separate_output).eval()
+    plain = model.materialised()
+    assert type(plain.items) is ItemTable
+    torch.testing.assert_close(forward(plain, [[2, _COLD]]), forward(model, [[2, _COLD]]))
+    hidden = torch.randn(3, 8)
+    torch.testing.assert_close(plain.scores(hidden), model.scores(hidden))
+
+
+def test_no_centroid_decays():
+    model = make_coded_model()
+    (part,) = Optimiser(model, read_recipe("sasrec-ce").optimiser).parts
+    _, kept = part.param_groups
+    assert any(parameter is model.items.centroids for parameter in kept["params"])
+
+
+def test_centroids_begin_as_vectors_of_their_own_do():
+    config = ModelConfig(dim=64, item_codes=ItemCodesConfig())
+    torch.manual_seed(0)
+    model = NextItemModel(config, 5000, ())
+    assert model.items.centroids.std().item() == pytest.approx(0.02, rel=0.03)

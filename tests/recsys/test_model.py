@@ -206,3 +206,8 @@ def test_items_can_be_scaled_by_the_root_of_the_width():
     with torch.no_grad():
         scaled.items.weight /= 4  # the root of 16
     torch.testing.assert_close(plain(*inputs), scaled(*inputs))
+
+
+def test_a_width_that_codes_do_not_divide_is_refused():
+    with pytest.raises(ValidationError, match=r"dim 12 is not divisible by item_codes.length 8"):
+        ModelConfig(dim=12, item_codes={"length": 8})

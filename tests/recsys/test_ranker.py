@@ -56,12 +56,13 @@ def query_of(shop, user, target):
     return Query(tuple(history), request, k=40, exclude_seen=False)
 
 
-@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_ranker_and_evaluation_give_equal_scores(shop, artifact, attention, tmp_path):
-    model = artifact.load_model()
-    if attention == "causal":
+@pytest.mark.parametrize("kind", ["bidirectional", "causal", "coded"])
+def test_ranker_and_evaluation_give_equal_scores(shop, artifact, coded_artifact, kind, tmp_path):
+    if kind == "causal":
         artifact = causal(artifact, shop, tmp_path)
-        model = artifact.load_model()
+    if kind == "coded":
+        artifact = coded_artifact
+    model = artifact.load_model()
     users = np.arange(shop.store.num_users)
     targets = shop.store.offsets_U[1:] - 1
     scorer = ModelScorer(model, shop.context.known_at_request_F)
@@ -217,3 +218,15 @@ def test_a_history_of_nothing_but_a_cold_item_is_understood(fashion_artifact):
     assert {item_id % 4 for item_id in answer.item_ids} == {1}
     (similar,) = ranker.similar([SimilarQuery(37, k=5)])
     assert {item_id % 4 for item_id in similar.item_ids} == {1}
+
+
+def test_similar_items_by_codes_are_those_of_the_whole_table(coded_artifact):
+    (answer,) = Ranker(coded_artifact, device="cpu").similar([SimilarQuery("i3", k=40)])
+
+    model, catalogue = coded_artifact.load_model(), coded_artifact.catalogue
+    table = model.output_table_ID.detach()
+    items = torch.from_numpy(catalogue.encode(["i3", *answer.item_ids]))
+    cosines = torch.cosine_similarity(table[items[:1]], table[items[1:]])
+    assert len(answer.item_ids) == 39
+    np.testing.assert_allclose(answer.scores, cosines, atol=1e-6)
+    assert list(answer.scores) == sorted(answer.scores, reverse=True)
