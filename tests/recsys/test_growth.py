@@ -292,3 +292,30 @@ def test_a_catalogue_of_another_shop_is_refused(make_artifact):
         catalogue = Catalogue.build(ids, np.array([3, 4]), None)
         with pytest.raises(ArtifactError, match=message):
             grow_model(artifact, catalogue)
+
+
+def test_codes_follow_their_items_and_new_items_are_coded_as_their_kind(make_artifact):
+    artifact = make_artifact(item_codes={"length": 4, "num_values": 16})
+    catalogue = grow_catalogue(artifact.catalogue, NEW, GONE)
+    before, after = artifact.load_model(), grow_model(artifact, catalogue)
+    histories = [["i1", "i2", "i4"], ["i20", "i9", "i30"]]
+    old = [i for i in artifact.catalogue.item_ids.to_pylist() if i not in (*GONE, "i3")]
+    scores = [
+        score(model, known, histories)[:, known.encode(old)]
+        for model, known in ((before, artifact.catalogue), (after, catalogue))
+    ]
+    torch.testing.assert_close(*scores)
+
+    members = [
+        item_id
+        for item_id, category in zip(
+            artifact.catalogue.item_ids.to_pylist(),
+            artifact.catalogue.column("category").to_pylist(),
+            strict=True,
+        )
+        if category == "c1" and item_id != "i3"
+    ]
+    mean = before.items.all()[artifact.catalogue.encode(members)].mean(0)
+    parts_C1E, centroids_CVE = mean.view(4, 1, 4), after.items.centroids
+    nearest = (parts_C1E - centroids_CVE).norm(dim=2).argmin(1)
+    assert after.items.codes[row(catalogue, "i05")].tolist() == nearest.tolist()

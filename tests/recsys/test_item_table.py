@@ -360,7 +360,7 @@ def test_products_of_rounded_states_are_added_up_in_full():
 @pytest.mark.parametrize("kind", ["full-softmax", "sampled-softmax", "gbce"])
 def test_gradients_reach_the_centroids_as_a_whole_table_would_pass_them_on(kind):
     table, bias = make_coded_table(num_rows=9, dim=4, num_values=3), torch.zeros(9)
-    negatives = Negatives(torch.tensor([[3, 8, 8]]), torch.zeros(1, 3))
+    negatives = Negatives(torch.tensor([[3, 8, 8]]), torch.zeros(1, 3), group_size=4)
     hidden, targets = torch.randn(2, 4), torch.tensor([2, 5])
     whole = put_together(table)
 
