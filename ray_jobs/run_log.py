@@ -7,12 +7,15 @@ to see the run folder.
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 from ray.util.metrics import Gauge
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 _GAUGES = {
     "loss": "Loss of the last epoch, or of what is done of it.",
@@ -28,12 +31,15 @@ class RunLog(UserCallback):  # type: ignore[misc]
     Args:
         run: folder of the run.
         max_epochs: of the plan, for the time that is left at most.
+        clock: seconds from any origin.
     """
 
-    def __init__(self, run: Path, max_epochs: int) -> None:
-        self._run, self._max_epochs = run, max_epochs
+    def __init__(
+        self, run: Path, max_epochs: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run, self._max_epochs, self._clock = run, max_epochs, clock
         # Made where the reports arrive, which is another process.
-        self._writer: SummaryWriter | None = None
+        self._writer: EventsWriter | None = None
         self._gauges: dict[str, Gauge] = {}
         self._first: tuple[float, float] | None = None
 
@@ -54,26 +60,32 @@ class RunLog(UserCallback):  # type: ignore[misc]
         """At the pace since the first report; None at that one."""
         done = report["epoch"] + report.get("step", 0) / report.get("steps", 1)
         if self._first is None:
-            self._first = time.monotonic(), done
+            self._first = self._clock(), done
         since, done_then = self._first
         if done <= done_then:
             return None
-        left: float = (time.monotonic() - since) / (done - done_then) * (self._max_epochs - done)
+        left: float = (self._clock() - since) / (done - done_then) * (self._max_epochs - done)
         return left
 
     def _write_events(self, report: dict[str, Any]) -> None:
+        # Without the queue of SummaryWriter, whose end is lost when the process is.
         if self._writer is None:
-            self._writer = SummaryWriter(str(self._run / "tensorboard"))
+            folder = self._run / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
         for name, value in report.items():
             if name != "epoch" and value == value:  # a metric that was not measured is no number
-                self._writer.add_scalar(f"train/{name}", value, report["epoch"])
+                summary = scalar(f"train/{name}", value)
+                event = Event(wall_time=time.time(), step=report["epoch"], summary=summary)
+                self._writer.write_event(event)
         self._writer.flush()
 
     def _set_gauges(self, report: dict[str, Any]) -> None:
         for name, description in _GAUGES.items():
             if name not in self._gauges:
                 gauge = Gauge(f"nextitem_train_{name}", description, tag_keys=("run",))
-                self._gauges[name] = gauge.set_default_tags({"run": self._run.name}) or gauge
+                gauge.set_default_tags({"run": self._run.name})
+                self._gauges[name] = gauge
             value = report.get(name)
             if value is not None and value == value:
                 self._gauges[name].set(float(value))

@@ -12,7 +12,7 @@ import torch
 from ray.train import Checkpoint
 from safetensors.torch import load_file
 
-from ray_jobs import build_sequences, evaluate, generate, ingest, start, train
+from ray_jobs import build_sequences, evaluate, generate, ingest, start, train, train_worker
 from ray_jobs import publish as publish_job
 from ray_jobs.config import StartConfig
 from ray_jobs.errors import ConfigError, JobError
@@ -27,10 +27,11 @@ from ray_jobs.sequences_reader import (
 )
 from ray_jobs.start import open_start
 from recsys.artifact import load_artifact, publish, sha256_of
+from recsys.checkpoint import save_checkpoint
 from recsys.errors import ArtifactError
 from recsys.recipe import read_recipe
 from recsys.registry import promote, serving_version
-from recsys.trainer import TrainerConfig, save_checkpoint
+from recsys.trainer import TrainerConfig
 from tests.conftest import START_US, write_artifact
 from tests.ray_jobs.conftest import tiny_config
 
@@ -178,24 +179,19 @@ def test_a_worker_takes_the_start_and_a_later_one_the_checkpoint(
     recipe = read_recipe(config.train.recipe, config.train.overrides)
     found = find(config, tmp_path)
     weights = found.write(tmp_path, vocabulary, seed=0)
-    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(train, "collect_tokens", lambda *_: shop.store)
-    monkeypatch.setattr("ray.train.get_dataset_shard", lambda _: None)
+    monkeypatch.setattr(train_worker, "get_device", lambda: torch.device("cpu"))
 
-    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path, None, weights)
-    trainer = train._build_trainer(plan, shop.store)
+    plan = train_worker.WorkerPlan(config, recipe, vocabulary, None, weights)
+    trainer = train_worker.build_trainer(plan, shop.store)
     assert torch.equal(trainer.model.item_bias, found.artifact.load_model().item_bias)
 
     trainer.epoch = config.train.trainer.max_epochs  # nothing is left to do
     with torch.no_grad():
         trainer.model.item_bias.fill_(7)
-    (tmp_path / "checkpoint").mkdir()
     save_checkpoint(tmp_path / "checkpoint", trainer)
     checkpoint = Checkpoint.from_directory(tmp_path / "checkpoint")
-    monkeypatch.setattr("ray.train.get_checkpoint", lambda: checkpoint)
-    later = train._build_trainer(plan, shop.store)
-    monkeypatch.setattr(train, "_build_trainer", lambda *_: later)
-    train.train_worker({"plan": plan})
+    later = train_worker.build_trainer(plan, shop.store, learns_codes=False)
+    train_worker.resume_from([checkpoint], later)
     assert later.epoch == trainer.epoch
     assert (later.model.item_bias == 7).all()
 
@@ -284,18 +280,17 @@ def _goes_on(config, **changes):
 
 def _cold_ndcg10(config, run):
     """NDCG@10 of two epochs from random weights with the vocabulary of a finished run."""
-    plan = train.WorkerPlan(
-        config, read_recipe(config.train.recipe, config.train.overrides), run.vocabulary, Path()
-    )
+    recipe = read_recipe(config.train.recipe, config.train.overrides)
+    plan = train_worker.WorkerPlan(config, recipe, run.vocabulary)
     tokens = load_tokens(open_sequences(config), config, run.vocabulary)
     store = collect_tokens(tokens, len(run.vocabulary.context.fields))
-    trainer = train._build_trainer(plan, store)
+    trainer = train_worker.build_trainer(plan, store)
     return max(trainer.train_epoch().ndcg10 for _ in range(2))
 
 
 @pytest.mark.ray
 def test_training_goes_on_from_a_version_with_new_events_and_new_items(road, monkeypatch):
-    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))  # for the cold one
+    monkeypatch.setattr(train_worker, "get_device", lambda: torch.device("cpu"))  # for the cold one
     config = _goes_on(road)
     train.run(config)
     first, second = open_run(road, "first"), open_run(road, "second")

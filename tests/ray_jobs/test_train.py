@@ -12,21 +12,25 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.train import Checkpoint
 
+from data_lake.storage import list_folder
 from ray_jobs import build_sequences, evaluate, generate, ingest, train
 from ray_jobs.errors import JobError
 from ray_jobs.runs import open_run
 from ray_jobs.sequences_reader import Learned, Vocabulary
 from ray_jobs.train import read_history
 from recsys.catalogue import NUM_SPECIAL, Catalogue
+from recsys.checkpoint import save_checkpoint
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.errors import CatalogueError, TrainingError
-from recsys.item_codes import ItemCodesConfig, learn_codes
+from recsys.item_codes import ItemCodesConfig
 from recsys.recipe import read_recipe
-from recsys.splits import leave_one_out
 from recsys.targets import TargetsConfig
 from recsys.trainer import Trainer
 from tests.ray_jobs.conftest import TINY, tiny_config
+from tests.recsys.test_trainer import make_trainer
+from tests.s3_server import BUCKET, running_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,24 +79,37 @@ def test_auto_takes_the_gpus_that_there_are(tmp_path, monkeypatch, resources, ex
     assert (scaling.num_workers, scaling.use_gpu) == expected
 
 
-def test_item_codes_are_learned_once_and_then_come_with_the_checkpoint(tmp_path, shop, monkeypatch):
-    monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
-    changes = {"dim": 16, "item_codes": {"length": 4}}
-    recipe = read_recipe("sasrec-ce", {"model": changes})
-    vocabulary = Vocabulary(shop.catalogue, shop.context)
+def test_workers_may_be_fewer_and_of_one_type_of_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
     config = tiny_config(tmp_path)
-    plan = train.WorkerPlan(config, recipe, vocabulary, tmp_path)
-    split = leave_one_out(shop.store.offsets_U)
-    codes = recipe.model.item_codes
-    expected = learn_codes(codes, shop.store, split, shop.catalogue, seed=config.seed)
+    changes = {"num_workers": 8, "min_workers": 2, "accelerator_type": "A100"}
+    scaling = train._scaling(_with_train(config, **changes))
+    assert (scaling.num_workers, scaling.accelerator_type) == ((2, 8), "A100")
+    on_cpus = train._scaling(_with_train(config, **changes, device="cpu"))
+    assert on_cpus.accelerator_type is None
 
-    learned, resumed = (
-        train._build_trainer(plan, shop.store, learns_codes=learns).model.items.codes
-        for learns in (True, False)
-    )
 
-    assert np.array_equal(learned.numpy(), expected)
-    assert not torch.equal(resumed, learned)
+def test_weights_are_those_of_the_best_epoch_that_is_whole(tmp_path, caplog):
+    checkpoints = []
+    for number, ndcg10 in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        trainer = make_trainer(max_epochs=9)
+        trainer.epoch = number
+        with torch.no_grad():
+            trainer.model.item_bias.fill_(number)
+        save_checkpoint(tmp_path / str(number), trainer)
+        checkpoint = Checkpoint.from_directory(tmp_path / str(number))
+        checkpoints.append((checkpoint, {"ndcg10": ndcg10, "epoch": number}))
+    checkpoints.append((Checkpoint.from_directory(tmp_path), {"epoch": 3, "step": 7}))
+    assert train._read_best(checkpoints)[1]["epoch"] == 2
+
+    (damaged,) = (tmp_path / "2").glob("training-*.pt")
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    weights, metrics = train._read_best(checkpoints)
+    assert metrics["epoch"] == 3
+    assert (weights["item_bias"] == 3).all()
+    assert "Taking the next best epoch" in caplog.text
+    with pytest.raises(TrainingError, match="No checkpoint of the run is whole"):
+        train._read_best([checkpoints[1]])
 
 
 def test_item_codes_of_a_column_that_is_not_there_are_refused_before_workers_start(shop):
@@ -219,6 +236,70 @@ def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_pa
     assert report.figures["epochs"] == 12
     assert sorted(set(epochs)) == list(range(1, 13))
     assert epochs[trained_before] > 1  # it did not start again
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_within_an_epoch_goes_on_within_it(tmp_path, monkeypatch):
+    config = tiny_config(
+        tmp_path,
+        "train.trainer.max_epochs=2",
+        "train.trainer.checkpoint_every_steps=2",
+        "train.name=phoenix",
+    )
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    marker = tmp_path / "resumed-at"
+    original = Trainer.train_epoch
+
+    def die_in_the_second(trainer, after_step):
+        if trainer.rank == 0 and marker.exists() and not marker.read_text():
+            marker.write_text(f"{trainer.epoch} {trainer.step}")
+
+        def after():
+            after_step()
+            if trainer.epoch == 1 and trainer.step == 3 and not marker.exists():
+                if trainer.rank == 0:
+                    marker.touch()
+                os._exit(1)
+
+        return original(trainer, after)
+
+    monkeypatch.setattr(train, "train_worker", _worker_with(die_in_the_second))
+    train.run(config)
+    assert marker.read_text() == "1 2"
+    history = read_history(tmp_path / "synthetic" / "runs" / "phoenix")
+    assert [entry["epoch"] for entry in history] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_cannot_go_on_says_why_at_once(tmp_path):
+    config = tiny_config(
+        tmp_path, "train.overrides.optimiser.learning_rate=1e30", "train.trainer.max_epochs=3"
+    )
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    with pytest.raises(TrainingError, match=r"The loss of epoch \d is .*lower optimiser.learning"):
+        train.run(config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_checkpoints_may_lie_in_an_object_store(tmp_path):
+    with running_store("tests.moto_server") as options:
+        config = tiny_config(tmp_path, f"storage.checkpoints=s3://{BUCKET}/checkpoints")
+        for stage in (generate, ingest, build_sequences):
+            stage.run(config)
+        storage = config.storage.model_copy(update={"options": options})
+        config = config.model_copy(update={"storage": storage})
+        train.run(_with_train(config, name="far"))
+        kept = list_folder(f"s3://{BUCKET}/checkpoints/far/ray", options)
+    run = open_run(config, "far")
+    assert run.facts["best"]["epoch"] in (1, 2)
+    assert any("checkpoint" in file.base_name for file in kept)
+    assert not (run.folder / "ray").exists()
+    assert (run.folder / "tensorboard").is_dir()
 
 
 def _wait_for_epochs(history, number, driver):

@@ -1,0 +1,119 @@
+"""What a worker of a training does, without Ray around it."""
+
+import numpy as np
+import pytest
+import torch
+from ray.train import Checkpoint
+
+from ray_jobs import train_worker
+from ray_jobs.sequences_reader import Vocabulary
+from ray_jobs.train_worker import WorkerPlan, build_trainer, resume_from
+from recsys.checkpoint import save_checkpoint
+from recsys.errors import TrainingError
+from recsys.item_codes import learn_codes
+from recsys.recipe import read_recipe
+from recsys.splits import leave_one_out
+from tests.ray_jobs.conftest import tiny_config
+from tests.recsys.test_trainer import make_trainer
+
+
+@pytest.fixture
+def worker(shop, tmp_path, monkeypatch):
+    """Makes a plan, and lets a worker run it with the shop's tokens; returns what it returned and
+    what it reported."""
+    monkeypatch.setattr(train_worker, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(train_worker, "collect_tokens", lambda *_: shop.store)
+    monkeypatch.setattr(train_worker, "_available_bytes", lambda _: 2**33)
+    monkeypatch.setattr("ray.train.get_dataset_shard", lambda _: None)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    reports = []
+    monkeypatch.setattr(
+        "ray.train.report", lambda metrics, checkpoint=None: reports.append((metrics, checkpoint))
+    )
+
+    def make_plan(*settings, **overrides):
+        config = tiny_config(tmp_path, "train.trainer.max_epochs=2", *settings)
+        overrides = {"batch_size": 8, **overrides}
+        overrides["model"] = {"dim": 16, "max_len": 8} | overrides.get("model", {})
+        recipe = read_recipe("sasrec-ce", overrides)
+        return WorkerPlan(config, recipe, Vocabulary(shop.catalogue, shop.context))
+
+    def run(*settings, **overrides):
+        returned = train_worker.train_worker({"plan": make_plan(*settings, **overrides)})
+        return returned, reports
+
+    run.plan = make_plan
+    return run
+
+
+def test_every_epoch_is_reported_and_validated_ones_leave_a_checkpoint(worker):
+    returned, reports = worker("train.trainer.max_epochs=3", "train.trainer.validate_every=2")
+    assert returned == {}
+    assert [metrics["epoch"] for metrics, _ in reports] == [1, 2, 3]
+    assert [checkpoint is not None for _, checkpoint in reports] == [False, True, True]
+
+
+def test_checkpoints_within_an_epoch_tell_how_far_it_is(worker):
+    _, reports = worker("train.trainer.checkpoint_every_steps=2", "train.trainer.max_epochs=1")
+    *within, (last, _) = reports
+    assert within
+    assert [metrics["step"] for metrics, _ in within] == list(range(2, within[0][0]["steps"], 2))
+    assert all(checkpoint is not None and m["epoch"] == 0 for m, checkpoint in within)
+    assert all(metrics["loss"] > 0 < metrics["tokens_per_s"] for metrics, _ in within)
+    assert "step" not in last
+
+
+def test_a_loss_that_is_not_finite_is_returned_and_not_tried_again(worker):
+    returned, reports = worker(optimiser={"learning_rate": 1e30})
+    assert "lower optimiser.learning_rate (now 1e+30)" in returned["refused"]
+    assert all(np.isfinite(metrics["loss"]) for metrics, _ in reports)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_built(worker, monkeypatch):
+    monkeypatch.setattr(train_worker, "_available_bytes", lambda _: 1000)
+    monkeypatch.setattr(train_worker, "build_trainer", pytest.fail)
+    returned, reports = worker()
+    assert "Training would need" in returned["refused"]
+    assert not reports
+
+
+def test_what_will_be_held_is_said_beforehand(worker, capsys):
+    worker()
+    assert "each worker will hold up to 0." in capsys.readouterr().out
+
+
+def test_item_codes_are_learned_once_and_then_come_with_the_checkpoint(worker, shop):
+    plan = worker.plan(model={"item_codes": {"length": 4}})
+    codes, split = plan.recipe.model.item_codes, leave_one_out(shop.store.offsets_U)
+    seed = plan.config.seed
+    learned, resumed = (
+        build_trainer(plan, shop.store, learns_codes=learns).model.items.codes
+        for learns in (True, False)
+    )
+    expected = learn_codes(codes, shop.store, split, shop.catalogue, seed=seed)
+    assert np.array_equal(learned.numpy(), expected)
+    assert not torch.equal(resumed, learned)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, caplog):
+    checkpoints = []
+    for number in (2, 1):
+        trainer = make_trainer(max_epochs=9)
+        trainer.epoch = number
+        save_checkpoint(tmp_path / str(number), trainer)
+        checkpoints.append(Checkpoint.from_directory(tmp_path / str(number)))
+    trainer = make_trainer(max_epochs=9)
+    resume_from(checkpoints, trainer)
+    assert trainer.epoch == 2
+
+    for number, expected in ((2, 1), (1, None)):
+        (content,) = (tmp_path / str(number)).glob("training-*.pt")
+        content.write_bytes(content.read_bytes()[:100])
+        trainer = make_trainer(max_epochs=9)
+        if expected is not None:
+            resume_from(checkpoints, trainer)
+            assert trainer.epoch == expected
+    assert "Going on from the checkpoint before it" in caplog.text
+    with pytest.raises(TrainingError, match="None of the run's 2 checkpoints is whole"):
+        resume_from(checkpoints, make_trainer(max_epochs=9))
+    resume_from([], trainer)
