@@ -165,18 +165,20 @@ def _score(case: Case, codes: ItemCodesConfig | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _time(model: NextItemModel, hidden_BD: torch.Tensor, repeats: int = 20) -> list[float]:
-    """Seconds of each repeat, after one that does not count."""
-    found = []
+def _time(model: NextItemModel, hidden_BD: torch.Tensor, repeats: int = 20) -> dict[str, float]:
+    """Seconds of the repeats, after one that does not count."""
+    seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
         model.scores(hidden_BD).topk(TOP_K)
-        found.append(time.perf_counter() - started)
-    return found[1:]
+        seconds.append(time.perf_counter() - started)
+    seconds = seconds[1:]
+    return {"median": median(seconds), "least": min(seconds), "most": max(seconds)}
 
 
-def _milliseconds(seconds: list[float]) -> str:
-    return f"{1e3 * median(seconds):.1f} ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
+def _milliseconds(seconds: dict[str, float]) -> str:
+    middle, least, most = (1e3 * seconds[name] for name in ("median", "least", "most"))
+    return f"{middle:.1f} ({least:.1f} to {most:.1f})"
 
 
 if __name__ == "__main__":

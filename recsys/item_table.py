@@ -89,7 +89,7 @@ class CodedTable(nn.Module):
     def products(self, hidden_BD: Tensor) -> Tensor:
         """Inner products with all items, fp32 `[B, I]`: each centroid is multiplied once, and an
         item adds up those of its codes (PQTopK: Petrov, Macdonald & Tonellotto, 2024,
-        doi:10.1145/3640457.3688178). Exact, and no vector of an item is ever put together.
+        arXiv:2408.09992). Exact, and no vector of an item is ever put together.
         """
         num_rows = len(self.codes)
         products_BI = hidden_BD.new_empty(len(hidden_BD), num_rows, dtype=torch.float32)

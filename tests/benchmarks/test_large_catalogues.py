@@ -1,6 +1,8 @@
 """The benchmark of large catalogues, made small."""
 
-from benchmarks.large_catalogues import BATCHES, PARTS, Case, render
+import json
+
+from benchmarks.large_catalogues import PARTS, Case, render
 
 _CASE = Case(items=200, dim=16, length=4)
 
@@ -13,12 +15,7 @@ def test_codes_take_a_byte_each_and_a_full_table_four_a_number():
 
 def test_every_part_is_in_the_report():
     found = {part: measure(_CASE) for part, measure in PARTS.items()}
-    for part in ("full", "codes"):  # as they come back from another process, as JSON
-        found[part]["seconds"] = {
-            str(batch): times for batch, times in found[part]["seconds"].items()
-        }
-        assert all(len(found[part]["seconds"][str(batch)]) == 20 for batch in BATCHES)
-    text = render(_CASE, found)
+    text = render(_CASE, json.loads(json.dumps(found)))
     assert "| in full | 12,928 |" in text
     assert "| 4 codes an item | 17,192 |" in text
     assert "from 20,000 events of 1,000 users" in text
