@@ -1,5 +1,5 @@
-"""What `benchmarks.training` trains beside RecTools: each case as a recipe of ours and as the options
-of the peer's model, made from one another so that they cannot differ.
+"""What `benchmarks.training` trains beside RecTools: each case as a recipe of ours and as the
+options of the peer's model, made from one another so that they cannot differ.
 """
 
 from collections.abc import Mapping

@@ -52,11 +52,11 @@ class Size:
     events: int
 
 
-SCALING, LOADING = Size(60_000, 5_000, 40), Size(1_000_000, 100_000, 20)
+SCALING, LOADING = Size(100_000, 5_000, 40), Size(1_000_000, 100_000, 20)
 QUICK = Size(600, 100, 20)
 
 
-class _FirstBatch(Exception):
+class _FirstBatchError(Exception):
     """The first batch has reached the model."""
 
 
@@ -77,9 +77,15 @@ def measure_scaling(size: Size) -> dict[str, Any]:
         "recipe": "bert4rec",
         "users": size.users,
         "plain_epoch_s": round(plain_s, 2),
-        "epoch_s": {num: round(seconds, 2) for num, seconds in epoch_s.items()},
-        "tokens_per_s": {num: round(found["tokens_per_s"]) for num, found in workers.items()},
-        "start_s": {num: round(found["start_s"], 1) for num, found in workers.items()},
+        "workers": [
+            {
+                "workers": num,
+                "epoch_s": round(epoch_s[num], 2),
+                "tokens_per_s": round(found["tokens_per_s"]),
+                "start_s": round(found["start_s"], 1),
+            }
+            for num, found in workers.items()
+        ],
         "overhead": round(epoch_s[1] / plain_s - 1, 4),
     }
 
@@ -201,7 +207,7 @@ def time_loading(config: PipelineConfig) -> dict[str, float]:
     trainer.model.register_forward_pre_hook(_stop)
     try:
         trainer.train_epoch()
-    except _FirstBatch:
+    except _FirstBatchError:
         stages["first batch"] = time.perf_counter() - started
     return stages
 
@@ -244,7 +250,7 @@ def _load(config: PipelineConfig, stages: dict[str, float]) -> Trainer:
 
 
 def _stop(*_: Any) -> None:
-    raise _FirstBatch
+    raise _FirstBatchError
 
 
 def _watch(path: Path, moments: list[float], is_over: threading.Event) -> None:
@@ -258,7 +264,11 @@ def _ask(what: str, root: str, num_workers: int) -> dict[str, Any]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training_ray", what, "--root", root]
     command += ["--workers", str(num_workers)]
-    environment = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -281,7 +291,7 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--workers", type=int, required=True)
     arguments = parser.parse_args()
-    ray.init(num_cpus=CORES, logging_level="WARNING")
+    ray.init(num_cpus=CORES, log_to_driver=False, logging_level="WARNING")
     found = _MEASURE[arguments.what](make_config(arguments.root, arguments.workers))
     ray.shutdown()
     print(json.dumps(found))

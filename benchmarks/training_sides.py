@@ -1,5 +1,5 @@
-"""The two sides of `benchmarks.training`, each in a process of its own: our trainer, and RecTools in
-its own environment.
+"""The two sides of `benchmarks.training`, each in a process of its own: our trainer, and RecTools
+in an environment of its own.
 """
 
 import argparse
@@ -186,8 +186,7 @@ def validation_users(dataset: Dataset) -> np.ndarray:
 
 
 def ranks_of(lists_NK: np.ndarray, wanted_N: np.ndarray, num_rows: int) -> np.ndarray:
-    """Where each wanted item stands in its list, int64 `[N]` from 1; `num_rows` where it does not.
-    """
+    """Where each wanted item stands in its list, int64 `[N]` from 1; `num_rows` if it does not."""
     is_wanted_NK = lists_NK == wanted_N[:, None]
     return np.where(is_wanted_NK.any(1), is_wanted_NK.argmax(1) + 1, num_rows)
 
