@@ -34,10 +34,11 @@ PEAK_FLOPS: Mapping[str, float] = {
 }
 """Dense bf16 products a second by the data sheets, the longer name first."""
 _SAMPLED = {"kind": "sampled-softmax", "negatives": {"source": "mixed", "num": 1_024}}
-EPOCH = ("bert4rec-production", {"batch_size": 256, "model": {"num_heads": 4, "max_len": 200}})
-MEMORY = {
-    "full softmax": ("bert4rec-production", {"batch_size": 256}),
-    "sampled softmax": ("bert4rec-production", {"batch_size": 256, "loss": _SAMPLED}),
+RECIPE = "bert4rec-production"
+EPOCH: dict[str, Any] = {"batch_size": 256, "model": {"num_heads": 4, "max_len": 200}}
+MEMORY: dict[str, dict[str, Any]] = {
+    "full softmax": {"batch_size": 256},
+    "sampled softmax": {"batch_size": 256, "loss": _SAMPLED},
 }
 TWO_MILLION = Size(users=1_024, items=2_000_000, events=52)
 NOT_MEASURED = {"is_measured": False, "reason": "PyTorch finds no CUDA device on this machine."}
@@ -62,10 +63,10 @@ def measure_gpu(dataset: str = "ml-1m.txt") -> dict[str, Any]:
     return {
         "is_measured": True,
         "device": torch.cuda.get_device_name(),
-        "epoch": measure_epoch(dataset, device, read_recipe(*EPOCH)),
+        "epoch": measure_epoch(dataset, device, read_recipe(RECIPE, EPOCH)),
         "memory": {
-            name: measure_memory(TWO_MILLION, device, read_recipe(*recipe))
-            for name, recipe in MEMORY.items()
+            name: measure_memory(TWO_MILLION, device, read_recipe(RECIPE, overrides))
+            for name, overrides in MEMORY.items()
         },
     }
 
