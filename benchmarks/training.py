@@ -16,10 +16,10 @@ comes.
 A token is a training event that a side feeds, padding left out: tokens/s are the tokens of an epoch
 over the seconds of that epoch, without validation and set-up (RecTools: between Lightning's
 `on_train_epoch_start` and `_end`). RecTools feeds the last events of a user, one window of them;
-ours feeds all, in as many windows as it takes, so an epoch has more tokens, and seconds are given
-beside the rate. NDCG@10 is of the validation targets after the last epoch, among the whole
-catalogue without the items of the history; RecTools hands over lists, and both are measured by
-`recsys.metrics`.
+ours feeds all, in as many windows as it takes, which overlap a little: an epoch has more tokens,
+an event in two windows counts twice, and seconds are given beside the rate. NDCG@10 is of the
+validation targets after the last epoch, among the whole catalogue without the items of the history;
+RecTools hands over lists, and both are measured by `recsys.metrics`.
 
 scaling: an epoch of the plain trainer and under Ray Train with 1, 2 and 4 workers of one thread.
 loading: from the sequences table of a million users to the first batch. gpu: see `training_gpu`.

@@ -51,7 +51,7 @@ class Trained:
     """What one side made of its epochs."""
 
     tokens: int
-    """Events that an epoch fed, padding left out."""
+    """Events that an epoch fed, padding left out; one in two windows counts twice."""
     epoch_s: float
     """Median of the epochs, without validation and set-up."""
     tokens_per_s: float
