@@ -32,8 +32,6 @@ from recsys.splits import split_tokens
 from recsys.targets import find_targets
 from recsys.trainer import Trainer
 
-CORES = 4
-"""Logical ones: as many workers as are tried fit, whatever the machine has."""
 WORKERS = (1, 2, 4)
 EPOCHS = 4
 """The first one is not counted: nothing says when it began."""
@@ -291,7 +289,9 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--workers", type=int, required=True)
     arguments = parser.parse_args()
-    ray.init(num_cpus=CORES, log_to_driver=False, logging_level="WARNING")
+    # As many workers as are tried must fit, whatever the machine has; elsewhere its own cores count.
+    num_cpus = max(WORKERS) if arguments.what == "workers" else len(os.sched_getaffinity(0))
+    ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level="WARNING")
     found = _MEASURE[arguments.what](make_config(arguments.root, arguments.workers))
     ray.shutdown()
     print(json.dumps(found))
