@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--workers", type=int, required=True)
     arguments = parser.parse_args()
-    # As many workers as are tried must fit, whatever the machine has; elsewhere its own cores count.
+    # All workers that are tried must fit, whatever the machine has; else its own cores count.
     num_cpus = max(WORKERS) if arguments.what == "workers" else len(os.sched_getaffinity(0))
     ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level="WARNING")
     found = _MEASURE[arguments.what](make_config(arguments.root, arguments.workers))
