@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import published, training, training_gpu, training_sides
+from benchmarks import published, training, training_gpu, training_ray, training_sides
 from benchmarks.published import Events, read_dataset
 from benchmarks.training import choose_cases, compare_sides, make_parser, summarise
 from benchmarks.training_cases import CASES, Case, find_case, peer_options
@@ -263,8 +263,24 @@ def test_drawn_sequences_have_the_size_that_was_asked():
     assert all(times == sorted(times) for times in rows["timestamps"].to_pylist())
 
 
+def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
+    plain = {"epoch_s": [59.0, 60.0, 70.0], "tokens_per_s": 100.0}
+    worker = {"epoch_s": [63.0, 63.0, 80.0], "tokens_per_s": 95.0, "start_s": 12.3}
+    monkeypatch.setattr(training_ray, "_ask", lambda what, *_: plain if what == "plain" else worker)
+    found = measure_scaling(QUICK)
+    assert found["overhead"] == 0.05
+    assert found["workers"][0] == {
+        "workers": 1,
+        "epoch_s": 63.0,
+        "tokens_per_s": 95,
+        "start_s": 12.3,
+    }
+    assert "one worker takes +5.0%" in render({"machine": "2 cores", "scaling": found})
+
+
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 def test_ray_is_measured_in_processes_of_its_own():
     loading, scaling = measure_loading(QUICK), measure_scaling(QUICK)
     assert set(loading["stages"]) == {"vocabulary", "tokens", "store", "trainer", "first batch"}
