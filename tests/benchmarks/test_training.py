@@ -1,0 +1,293 @@
+"""The benchmark of training: both sides get the same task, and what they did is told apart."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import published, training, training_gpu, training_ray, training_sides
+from benchmarks.published import Events, read_dataset
+from benchmarks.training import choose_cases, compare_sides, make_parser, summarise
+from benchmarks.training_cases import CASES, Case, find_case, peer_options
+from benchmarks.training_gpu import Work, count_work, measure_epoch, training_flops
+from benchmarks.training_ray import QUICK, Size, draw_sequences, measure_loading, measure_scaling
+from benchmarks.training_record import render
+from benchmarks.training_sides import (
+    PEER,
+    PeerError,
+    Plan,
+    Trained,
+    peer_settings,
+    prepare_peer,
+    ranks_of,
+    train_here,
+    write_events,
+)
+from recsys.context import NO_TIME
+from recsys.metrics import mean_accuracy
+from recsys.model_config import ModelConfig
+from recsys.recipe import read_recipe
+
+_OURS = Trained(1_000, 10.0, 100.0, 0.12, "torch 1")
+_PEERS = Trained(300, 12.0, 25.0, 0.1, "rectools 0.19.0")
+
+
+@pytest.fixture
+def circle(monkeypatch):
+    """Forty users who walk six steps along a circle of ten items."""
+    users = np.repeat(np.arange(40), 6)
+    items = (users * 3 + np.tile(np.arange(6), 40)) % 10
+    events = Events(users, items, np.full(len(users), NO_TIME))
+    monkeypatch.setattr(
+        published, "DATASETS", {"circle": lambda: events, "small-shop": lambda: events}
+    )
+    return read_dataset("circle")
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_both_sides_have_the_same_sizes(name):
+    case = CASES[name]
+    recipe, options = case.read_recipe(), peer_options(case, case.read_recipe())
+    assert options["n_factors"] == recipe.model.dim
+    assert options["n_blocks"] == recipe.model.num_layers
+    assert options["n_heads"] == recipe.model.num_heads
+    assert options["session_max_len"] == recipe.model.max_len
+    assert options["dropout_rate"] == recipe.model.dropout
+    assert options["batch_size"] == recipe.batch_size
+    assert options["lr"] == recipe.optimiser.learning_rate
+    assert options.get("mask_prob", 0.2) == recipe.objective.mask_prob
+    assert ("mask_prob" in options) == (recipe.model.attention == "bidirectional")
+
+
+def test_the_cases_are_those_that_are_claimed():
+    model = CASES["bert4rec"].read_recipe().model
+    assert (model.dim, model.num_layers, model.num_heads, model.max_len) == (256, 4, 8, 50)
+    model = CASES["sasrec"].read_recipe().model
+    assert (model.dim, model.num_layers, model.num_heads, model.max_len) == (128, 2, 1, 200)
+    assert [CASES[name].read_recipe().batch_size for name in ("bert4rec", "sasrec")] == [256, 128]
+
+
+def test_a_loss_with_negatives_is_not_compared():
+    case = Case("sasrec", {}, "SASRecModel")
+    with pytest.raises(ValueError, match="sasrec learns by bce, which RecTools draws its own"):
+        peer_options(case, case.read_recipe())
+
+
+def test_the_peer_trains_on_the_events_that_train(circle, tmp_path):
+    write_events(circle, tmp_path / "events.npz")
+    events = np.load(tmp_path / "events.npz")
+    assert len(events["users"]) == len(events["items"]) == 40 * 4
+    assert events["users"][:5].tolist() == [0, 0, 0, 0, 1]
+    assert (circle.catalogue.decode(events["items"][4:8]).to_pylist()) == [3, 4, 5, 6]
+    assert events["targets"].tolist() == list(range(40))
+
+
+def test_a_plan_reaches_the_peer():
+    settings = peer_settings(CASES["sasrec-own-block"], Plan(epochs=3, threads=2, seed=7))
+    assert settings["block"] == "own"
+    assert [settings[key] for key in ("epochs", "threads", "seed", "k")] == [3, 2, 7, 20]
+    json.dumps(settings)
+
+
+def test_lists_become_ranks():
+    ranks_N = ranks_of(np.array([[5, 6, 7], [6, 5, -1], [-1, -1, -1]]), np.array([5, 5, 5]), 100)
+    assert ranks_N.tolist() == [1, 2, 100]
+    assert mean_accuracy(ranks_N)["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 3)
+
+
+def test_ours_reports_what_it_trained(circle):
+    case = Case("sasrec-ce", {"batch_size": 8, "model": {"dim": 16, "max_len": 8}}, "SASRecModel")
+    case = Case(case.recipe, case.overrides, case.peer, dataset="circle")
+    found = train_here(case, Plan(epochs=2, threads=1, seed=1), "fp32")
+    assert min(found.tokens, found.epoch_s, found.tokens_per_s) > 0
+    assert 0 < found.ndcg10 <= 1
+    assert found.versions.endswith("float32")
+    assert Trained.read(json.dumps(vars(found))) == found
+
+
+def test_a_ratio_is_of_tokens_a_second():
+    found = compare_sides("bert4rec", {"ours": [_OURS], PEER: [_PEERS], "ours, fp32": [_PEERS]})
+    assert found["ratio"] == 4.0
+    assert (found["ours_tokens_per_s"], found["peer_tokens_per_s"]) == (100, 25)
+    assert (found["ours_ndcg10"], found["peer_ndcg10"]) == (0.12, 0.1)
+    assert found["sides"][PEER]["epoch_s"] == 12.0
+
+
+def test_several_trainings_count_by_their_median_and_mean():
+    others = [Trained(1_000, 8.0, 125.0, 0.15, "torch 1"), Trained(1_000, 20.0, 50.0, 0.15, "")]
+    found = compare_sides("sasrec", {"ours": [_OURS, *others]})["sides"]["ours"]
+    assert (found["epoch_s"], found["tokens_per_s"]) == (10.0, 100.0)
+    assert found["ndcg10"] == pytest.approx(0.14)
+
+
+def test_without_the_peer_there_is_no_ratio():
+    found = compare_sides("bert4rec", {"ours": [_OURS]})
+    assert [found[key] for key in ("peer_tokens_per_s", "ratio", "peer_ndcg10")] == [None] * 3
+    assert "not measured" in render({"machine": "here", "bert4rec": _with_plan(found)})
+
+
+def test_the_last_line_names_what_was_asked():
+    (line,) = summarise(
+        {"bert4rec": compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]})}
+    ).values()
+    assert list(line) == [
+        "recipe",
+        "ours_tokens_per_s",
+        "peer",
+        "peer_tokens_per_s",
+        "ratio",
+        "ours_ndcg10",
+        "peer_ndcg10",
+    ]
+
+
+def test_the_record_shows_each_side_and_what_was_not_measured():
+    workers = [{"workers": 1, "epoch_s": 61.0, "tokens_per_s": 70_000, "start_s": 12.0}]
+    text = render(
+        {
+            "machine": "2 cores",
+            "sasrec": _with_plan(compare_sides("s", {"ours": [_OURS], PEER: [_PEERS]})),
+            "scaling": {
+                "recipe": "bert4rec",
+                "users": 10,
+                "plain_epoch_s": 60.0,
+                "workers": workers,
+                "overhead": 1 / 60,
+            },
+            "loading": {"users": 1_000_000, "seconds": 9.0, "stages": {"tokens": 4.0}},
+            "gpu": training_gpu.NOT_MEASURED,
+        }
+    )
+    assert "| sasrec | ours | 1,000 | 10.0 | 100 | 4.00 | 0.1200 |" in text
+    assert f"| sasrec | {PEER} | 300 | 12.0 | 25 | 1.00 | 0.1000 |" in text
+    assert "one worker takes +1.7%" in text
+    assert "| 1 | 61.0 | 70,000 | 12.0 |" in text
+    assert "1,000,000 users to the first batch: 9.0 s (tokens 4.0 s)" in text
+    assert "Not measured: PyTorch finds no CUDA device" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (subprocess.TimeoutExpired("pip", 1), "pip took longer than 1800 s"),
+        (subprocess.CalledProcessError(1, "pip", stderr="x\nERROR: no rectools\n"), "no rectools"),
+        (OSError("No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_peer_that_cannot_be_installed_is_a_sentence(monkeypatch, tmp_path, error, reason):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training_sides.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(training_sides.subprocess, "run", fail)
+    with pytest.raises(PeerError, match=f"{reason}.*--peers-env, or run --quick"):
+        prepare_peer(tmp_path / "peer")
+
+
+def test_an_environment_that_has_the_peer_is_left_alone(monkeypatch, tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(training_sides.venv, "create", lambda *_, **__: pytest.fail("created"))
+    assert prepare_peer(tmp_path) == python
+
+
+def test_a_run_without_epochs_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--epochs", "0"])
+    assert "0 is too few; give 1 or more" in capsys.readouterr().err
+
+
+def test_a_quick_run_starts_no_ray():
+    assert set(choose_cases(quick=True)).isdisjoint({"scaling", "loading"})
+    assert set(choose_cases(quick=False)) == {*CASES, *training.OTHERS}
+
+
+def test_a_quick_run_prints_one_object_and_records_nothing(circle, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        training,
+        "train_ours",
+        lambda name, plan, _: train_here(find_case(name, quick=True), plan, "fp32"),
+    )
+    monkeypatch.setattr(sys, "argv", ["training", "--quick", "--epochs", "1", "--threads", "1"])
+    training.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found) == {"bert4rec", "sasrec", "gpu"}
+    assert found["bert4rec"]["ours_tokens_per_s"] > 0
+    assert found["bert4rec"]["ratio"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_run_is_recorded(monkeypatch, tmp_path, capsys):
+    found = {"bert4rec": _with_plan(compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]}))}
+    monkeypatch.setattr(training, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(training, "measure_cases", lambda _: found)
+    monkeypatch.setattr(sys, "argv", ["training", "--peers-env", str(tmp_path)])
+    training.main()
+    kept = json.loads((tmp_path / "results/training.json").read_text())
+    assert kept["bert4rec"] == found["bert4rec"]
+    assert "| bert4rec | ours |" in (tmp_path / "results/training.md").read_text()
+    assert json.loads(capsys.readouterr().out)["bert4rec"]["ratio"] == 4.0
+
+
+def test_work_is_counted_window_by_window():
+    recipe = read_recipe("bert4rec", {"model": {"max_len": 10}})
+    assert count_work(np.array([25, 4]), recipe) == Work(29, 100 + 100 + 25 + 16, 29 * 0.2)
+    assert count_work(np.array([4]), read_recipe("sasrec-ce")).scored == 4
+
+
+def test_flops_are_those_of_the_products():
+    config = ModelConfig(dim=8, num_layers=2, num_heads=1, max_len=10)
+    # Forward, a layer: 24 x 64 a token, 4 x 8 a pair; and 16 x 5 a scored position; thrice in all.
+    assert training_flops(config, 5, Work(10, 100, 3)) == 3 * (2 * (15_360 + 3_200) + 240)
+
+
+def test_an_epoch_is_measured_on_any_device(circle):
+    recipe = read_recipe("bert4rec", {"batch_size": 8, "model": {"dim": 16, "max_len": 8}})
+    found = measure_epoch("circle", torch.device("cpu"), recipe)
+    assert found["epoch_s"] >= 0
+    assert found["utilisation"] is None
+
+
+def test_drawn_sequences_have_the_size_that_was_asked():
+    rows = draw_sequences(np.array([3, 5]), Size(users=9, items=50, events=4), bucket=1)
+    assert rows["user_id"].to_pylist() == [3, 5]
+    for name in ("item_ids", "event_types", "timestamps", "devices"):
+        assert [len(values) for values in rows[name].to_pylist()] == [4, 4]
+    assert all(1 <= item <= 50 for items in rows["item_ids"].to_pylist() for item in items)
+    assert all(times == sorted(times) for times in rows["timestamps"].to_pylist())
+
+
+def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
+    plain = {"epoch_s": [59.0, 60.0, 70.0], "tokens_per_s": 100.0}
+    worker = {"epoch_s": [63.0, 63.0, 80.0], "tokens_per_s": 95.0, "start_s": 12.3}
+    monkeypatch.setattr(training_ray, "_ask", lambda what, *_: plain if what == "plain" else worker)
+    found = measure_scaling(QUICK)
+    assert found["overhead"] == 0.05
+    assert found["workers"][0] == {
+        "workers": 1,
+        "epoch_s": 63.0,
+        "tokens_per_s": 95,
+        "start_s": 12.3,
+    }
+    assert "one worker takes +5.0%" in render({"machine": "2 cores", "scaling": found})
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_ray_is_measured_in_processes_of_its_own():
+    loading, scaling = measure_loading(QUICK), measure_scaling(QUICK)
+    assert set(loading["stages"]) == {"vocabulary", "tokens", "store", "trainer", "first batch"}
+    assert [of["workers"] for of in scaling["workers"]] == [1, 2, 4]
+    assert min(of["epoch_s"] for of in scaling["workers"]) > 0
+
+
+def _with_plan(found):
+    plan = {"peer_block": "pre-norm", "dataset": "ml-1m.txt", "epochs": 3, "threads": 2}
+    return found | plan
