@@ -99,11 +99,10 @@ class _FullSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_MD, grad_table_ID, grad_bias_I = ctx.saved_tensors
         scale = grad / ctx.total
-        # In place: of millions of items there is no room for a second gradient.
         return (
-            grad_hidden_MD.mul_(scale.to(grad_hidden_MD.dtype)),
-            grad_table_ID.mul_(scale).to(ctx.table_dtype),
-            grad_bias_I.mul_(scale),
+            grad_hidden_MD * scale.to(grad_hidden_MD.dtype),
+            (grad_table_ID * scale).to(ctx.table_dtype),
+            grad_bias_I * scale,
             None,
             None,
             None,

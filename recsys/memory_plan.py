@@ -128,8 +128,9 @@ def _loss_bytes(recipe: Recipe, workload: Workload) -> int:
         return 0
     num_rows, dim = workload.num_rows, recipe.model.dim
     element = torch.empty(0, dtype=workload.dtype).element_size()
-    # The table in the dtype of the states and, put together from codes, the table and its gradient.
-    copies = element * (workload.dtype != torch.float32)
+    # The gradient before it is scaled, the table in the dtype of the states and, put together from
+    # codes, the table and its gradient.
+    copies = 4 + element * (workload.dtype != torch.float32)
     copies += 8 * (recipe.model.item_codes is not None)
     block = recipe.loss.block_size
     of_block = block_bytes(workload.is_cuda, num_rows, element)
