@@ -319,7 +319,8 @@ class Trainer:
         if self._touched is not None:
             # Their rows are exchanged apart from the others.
             tables = [
-                name
+                # DDP puts a dot before the parameters of the outermost module.
+                name if "." in name else f".{name}"
                 for name, parameter in self.model.named_parameters()
                 if any(parameter is table for table in self._touched.tables)
             ]
