@@ -52,14 +52,15 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x_BLD: Tensor, noise: Noise | None) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         if not self.training or self.p == 0:
-            return x_BLD
-        if noise is None or x_BLD.is_cuda:
-            return F.dropout(x_BLD, self.p)
+            return x
+        if noise is None or x.is_cuda:
+            return F.dropout(x, self.p)
         num_dropped = round(self.p * 256)
-        is_kept_BLD = noise.bytes_like(x_BLD) >= num_dropped
-        return x_BLD * is_kept_BLD * (256 / (256 - num_dropped))
+        # In the dtype of the values: a product of two dtypes takes several times as long.
+        kept = (noise.bytes_like(x) >= num_dropped).to(x.dtype)
+        return x * kept.mul_(256 / (256 - num_dropped))
 
 
 class Block(nn.Module):
@@ -80,10 +81,24 @@ class Block(nn.Module):
         self.distances = nn.Embedding(distances, config.num_heads) if config.relative_bias else None
         self.ages = nn.Embedding(2 * _NUM_AGES, config.num_heads) if config.time_bias else None
 
-    def forward(self, x_BLD: Tensor, seen: Seen, noise: Noise | None) -> Tensor:
-        x_BLD = x_BLD + self.dropout(self._attend(self.norm_attention(x_BLD), seen), noise)
-        wide = F.gelu(self.widen(self.norm_mlp(x_BLD)))
-        added: Tensor = x_BLD + self.dropout(self.narrow(wide), noise)
+    def forward(
+        self, x_BLD: Tensor, seen: Seen, noise: Noise | None, rows_M: Tensor | None = None
+    ) -> Tensor:
+        """States `[B, L, D]`; with `rows_M`, flat indices into `[B * L]`, those of these positions
+        alone, `[M, D]`: all are attended to, and what follows is computed for few.
+        """
+        mixed_BLD = self._attend(self.norm_attention(x_BLD), seen)
+        if rows_M is None:
+            return self._add(x_BLD, mixed_BLD, noise)
+        x_MD = x_BLD.flatten(0, 1).index_select(0, rows_M)
+        mixed_MD = mixed_BLD.flatten(0, 1).index_select(0, rows_M)
+        return self._add(x_MD, mixed_MD, None if noise is None else noise.at(rows_M))
+
+    def _add(self, x: Tensor, mixed: Tensor, noise: Noise | None) -> Tensor:
+        """What attention mixed and the feed-forward net add to states `[..., D]`."""
+        x = x + self.dropout(self.project(mixed), noise)
+        wide = F.gelu(self.widen(self.norm_mlp(x)))
+        added: Tensor = x + self.dropout(self.narrow(wide), noise)
         return added
 
     def _attend(self, x_BLD: Tensor, seen: Seen) -> Tensor:
@@ -92,8 +107,7 @@ class Block(nn.Module):
         q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4)
 
         mixed_BHLd = attend(q_BHLd, k_BHLd, v_BHLd, self._bias(seen, q_BHLd.dtype))
-        projected: Tensor = self.project(mixed_BHLd.transpose(1, 2).reshape(B, L, D))
-        return projected
+        return mixed_BHLd.transpose(1, 2).reshape(B, L, D)
 
     def _bias(self, seen: Seen, dtype: torch.dtype) -> Tensor:
         bias_BHLL = seen.hidden_B1LL.to(dtype)
@@ -125,13 +139,13 @@ class GatedBlock(Block):
         self.gate_attention = nn.Linear(dim, dim)
         self.gate_mlp = nn.Linear(dim, dim)
 
-    def forward(self, x_BLD: Tensor, seen: Seen, noise: Noise | None) -> Tensor:
-        attended = self.dropout(self._attend(self.norm_attention(x_BLD), seen), noise)
-        x_BLD = x_BLD + torch.sigmoid(self.gate_attention(x_BLD)) * attended
+    def _add(self, x: Tensor, mixed: Tensor, noise: Noise | None) -> Tensor:
+        attended = self.dropout(self.project(mixed), noise)
+        x = x + torch.sigmoid(self.gate_attention(x)) * attended
 
-        gate, value = self.widen(self.norm_mlp(x_BLD)).chunk(2, dim=-1)
+        gate, value = self.widen(self.norm_mlp(x)).chunk(2, dim=-1)
         narrow = self.dropout(self.narrow(F.silu(gate) * value), noise)
-        added: Tensor = x_BLD + torch.sigmoid(self.gate_mlp(x_BLD)) * narrow
+        added: Tensor = x + torch.sigmoid(self.gate_mlp(x)) * narrow
         return added
 
 

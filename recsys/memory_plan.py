@@ -163,17 +163,17 @@ def _activation_bytes(recipe: Recipe, workload: Workload) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", workload.dtype, enabled=workload.dtype != torch.float32),
     ):
-        hidden_BLD = model(
+        hidden_MD = model(
             batch.items_BL,
             batch.context_BLF,
             batch.request_BLF,
             batch.seconds_BL2,
             draws.noise(batch.items_BL.shape[1]),
-        )
+            batch.scored_M,
+        ).to(workload.dtype)
         if recipe.loss.kind != "full-softmax":
             counts_I = torch.ones(num_rows, dtype=torch.int64)
             sampler = NegativeSampler(recipe.loss.negatives, counts_I)
-            hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(workload.dtype)
             negatives = sampler.draw(batch.targets_M, draws, BatchTargets(batch.targets_M))
             rows = model.output_rows()
             compute_loss(recipe.loss, hidden_MD, *rows, batch.targets_M, negatives)

@@ -152,8 +152,9 @@ class NextItemModel(nn.Module):
         request_BLF: Tensor,
         seconds_BL2: Tensor,
         noise: Noise | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
-        """States `[B, L, D]`.
+        """States `[B, L, D]`, or `[M, D]` of the positions `rows_M` alone.
 
         Args:
             items_BL: int64, left-padded, L at most `max_len`; the last column is the most recent.
@@ -164,6 +165,7 @@ class NextItemModel(nn.Module):
                 follows it came, in seconds from any origin; 0 where unknown. A model with
                 `time_bias` alone reads it.
             noise: of the training step, for dropout.
+            rows_M: flat indices into `[B * L]`; the last block spares the other positions.
         """
         L = items_BL.shape[1]
         # Positions count back from the most recent one, whatever the length of the batch.
@@ -176,9 +178,10 @@ class NextItemModel(nn.Module):
 
         x_BLD = self.dropout(x_BLD, noise)
         seen = self._seen(items_BL, seconds_BL2)
-        for block in self.blocks:
+        *earlier, last = self.blocks
+        for block in earlier:
             x_BLD = block(x_BLD, seen, noise)
-        normed: Tensor = self.norm(x_BLD)
+        normed: Tensor = self.norm(last(x_BLD, seen, noise, rows_M))
         return normed
 
     def scores(self, hidden_BD: Tensor) -> Tensor:

@@ -107,21 +107,24 @@ class Noise:
     """Bytes for the dropout of one forward pass, eight from a word; each call gives others.
 
     Args:
-        words_BL: int64, a random word for each position.
+        words: int64, a random word for each position, `[B, L]` or some of these, `[M]`.
     """
 
-    def __init__(self, words_BL: Tensor) -> None:
-        self._words_BL = words_BL
-        self._num_calls = 0
+    def __init__(self, words: Tensor, num_calls: int = 0) -> None:
+        self._words, self._num_calls = words, num_calls
 
-    def bytes_like(self, x_BLD: Tensor) -> Tensor:
-        """Random bytes, uint8 `[B, L, D]`; a position has the same whatever stands around it."""
-        num_words = -(-x_BLD.shape[-1] // 8)
+    def at(self, rows_M: Tensor) -> "Noise":
+        """What comes next for some of the positions, flat indices into `[B * L]`."""
+        return Noise(self._words.flatten()[rows_M], self._num_calls)
+
+    def bytes_like(self, x: Tensor) -> Tensor:
+        """Random bytes, uint8 `[..., D]`; a position has the same whatever stands around it."""
+        num_words = -(-x.shape[-1] // 8)
         first = self._num_calls * num_words
         self._num_calls += 1
-        columns = torch.arange(first, first + num_words, device=x_BLD.device)
-        words = mix(self._words_BL[..., None] + columns * _OF_COLUMN)
-        return words.view(torch.uint8)[..., : x_BLD.shape[-1]]
+        columns = torch.arange(first, first + num_words, device=x.device)
+        words = mix(self._words[..., None] + columns * _OF_COLUMN)
+        return words.view(torch.uint8)[..., : x.shape[-1]]
 
 
 def _as_uniform(words: Tensor) -> Tensor:

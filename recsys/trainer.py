@@ -300,13 +300,17 @@ class Trainer:
         batch = piece.batch
         noise = piece.draws.noise(batch.items_BL.shape[1])
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden_BLD = self._replica(
-                batch.items_BL, batch.context_BLF, batch.request_BLF, batch.seconds_BL2, noise
+            hidden_MD = self._replica(
+                batch.items_BL,
+                batch.context_BLF,
+                batch.request_BLF,
+                batch.seconds_BL2,
+                noise,
+                batch.scored_M,
             )
-        hidden_MD = hidden_BLD.flatten(0, 1)[batch.scored_M].to(self.dtype)
         return compute_loss(
             self.recipe.loss,
-            hidden_MD,
+            hidden_MD.to(self.dtype),
             *self.model.output_rows(),
             batch.targets_M,
             piece.negatives,

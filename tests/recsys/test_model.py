@@ -211,3 +211,16 @@ def test_items_can_be_scaled_by_the_root_of_the_width():
 def test_a_width_that_codes_do_not_divide_is_refused():
     with pytest.raises(ValidationError, match=r"dim 12 is not divisible by item_codes.length 8"):
         ModelConfig(dim=12, item_codes={"length": 8})
+
+
+@pytest.mark.parametrize("block", ["transformer", "ligr"])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_states_of_some_positions_are_those_of_all(attention, block):
+    torch.manual_seed(0)
+    config = ModelConfig(attention=attention, block=block, dim=16, max_len=8, dropout=0.3)
+    model = NextItemModel(config, num_rows=20, context_sizes=_SIZES).train()
+    inputs, rows = _inputs([[PAD, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([1, 6, 6, 7])
+    every = model(*inputs, _noise(2, 4)).flatten(0, 1)[rows]
+    some = model(*inputs, _noise(2, 4), rows)
+    torch.testing.assert_close(some, every)
+    assert not torch.allclose(some, model(*inputs, _noise(2, 4, step=1), rows))
