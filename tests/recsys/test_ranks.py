@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recsys.ranks import gather_lists, gather_rows, sum_over_ranks
-from tests.recsys.test_trainer import make_trainer
+from tests.recsys.test_trainer import make_trainer, weights_that_matter
 
 _CASES = {
     "bert4rec": {"objective": {"random_share": 0.1, "kept_share": 0.1}},
@@ -28,7 +28,7 @@ def train(recipe):
     return {
         "losses": [report.loss for report in losses],
         "ndcg10": [report.ndcg10 for report in losses],
-        "weights": trainer.model.state_dict(),
+        "weights": weights_that_matter(trainer),
     }
 
 

@@ -155,6 +155,18 @@ def _weights(trainer):
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
+def weights_that_matter(trainer):
+    """All but the biases of keys: a softmax does not see them, so that their gradients are what
+    rounding leaves of 0, and Adam scales that up.
+    """
+    weights = _weights(trainer)
+    for name, weight in weights.items():
+        if name.endswith("qkv.bias"):
+            _, keys, _ = weight.chunk(3)
+            keys.zero_()
+    return weights
+
+
 @pytest.mark.parametrize("recipe", _KINDS)
 def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(recipe, tmp_path):
     unbroken = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
@@ -195,8 +207,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(recipe, source):
         for number in (1, 4)
     )
     assert whole.train_epoch().loss == pytest.approx(parts.train_epoch().loss, rel=1e-6)
-    for name, weight in _weights(whole).items():
-        torch.testing.assert_close(weight, parts.model.state_dict()[name], rtol=0, atol=2e-4)
+    other = weights_that_matter(parts)
+    for name, weight in weights_that_matter(whole).items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)
 
 
 def test_a_batch_that_is_too_small_to_be_shared_is_refused():
