@@ -330,8 +330,8 @@ class Trainer:
             ]
             ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             ignore(self.model, tables)  # type: ignore[no-untyped-call]
-        # Buffers are the same everywhere; the attributes of millions of items would travel.
-        return DistributedDataParallel(self.model, broadcast_buffers=False)
+        # Buffers never change; the attributes of millions of items would travel at each step.
+        return DistributedDataParallel(self.model, forward_sync_buffers=False)
 
     def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._replica, DistributedDataParallel):

@@ -73,7 +73,7 @@ def test_how_many_ranks_train_makes_no_difference(three_ranks, recipe):
         assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert together["ndcg10"] == pytest.approx(alone["ndcg10"], abs=0.02)
         for name, weight in alone["weights"].items():
-            # Two epochs at a rate of 5e-3: a weight moves by some 0.05, another draw of the
-            # dropout by as much.
-            torch.testing.assert_close(together["weights"][name], weight, rtol=0, atol=5e-4)
+            # Two epochs at a rate of 5e-3 move a weight by some 0.05, other masks by as much; the
+            # order of sums by 1e-5.
+            torch.testing.assert_close(together["weights"][name], weight, rtol=0, atol=1e-4)
             assert torch.equal(together["weights"][name], ranks[0]["weights"][name])
