@@ -141,6 +141,15 @@ class TrainConfig(Section):
         return overrides
 
     @model_validator(mode="after")
+    def _starts_with_fewer_than_it_asks_for(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than num_workers {self.num_workers}; "
+                "lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _knows_targets(self) -> Self:
         if self.targets.are_needed and FIELD not in self.context.categorical:
             raise ValueError(

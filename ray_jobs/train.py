@@ -94,7 +94,7 @@ def run(config: PipelineConfig) -> Report:
             "best_epoch": metrics["epoch"],
             "validation_ndcg10": metrics["ndcg10"],
             "validation_hr10": metrics["hr10"],
-            "workers": config.train.num_workers,
+            "workers": scaling.max_workers,
             "device": "gpu" if scaling.use_gpu else "cpu",
             "tokens_per_s": history[-1]["tokens_per_s"],
             "seconds": time.perf_counter() - started,
@@ -230,8 +230,8 @@ def _write_run(
 def _run_folder(config: PipelineConfig) -> Path:
     if "://" in config.storage.runs_uri:
         raise JobError(
-            "Runs are written to a folder that all workers share, not to "
-            f"{config.storage.runs_uri}; set storage.root to such a folder."
+            f"Runs are written to a folder, not to {config.storage.runs_uri}; set storage.root to "
+            "one, and storage.checkpoints for what workers elsewhere write."
         )
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = config.train.name or f"{config.train.recipe}-{now}"
@@ -250,21 +250,26 @@ def _scaling(config: PipelineConfig) -> Scaling:
         if train.device == "auto" and use_gpu
         else train.num_workers
     )
-    if num_cpus < num_workers * train.cpus_per_worker:
+    least = num_workers if train.min_workers is None else min(train.min_workers, num_workers)
+    if train.accelerator_type is not None and not use_gpu:
         raise JobError(
-            f"{num_workers} workers of {train.cpus_per_worker:g} CPUs do not fit into the "
+            f"train.accelerator_type is {train.accelerator_type!r}, and training would run on "
+            "CPUs; add such GPUs to the cluster, or leave train.accelerator_type out."
+        )
+    if num_cpus < least * train.cpus_per_worker:
+        raise JobError(
+            f"{least} workers of {train.cpus_per_worker:g} CPUs do not fit into the "
             f"cluster's {num_cpus:g}; lower train.num_workers or train.cpus_per_worker."
         )
-    if use_gpu and num_gpus < num_workers:
+    if use_gpu and num_gpus < least:
         raise JobError(
-            f"train.device is 'gpu' but the cluster has {num_gpus} GPUs for {num_workers} "
+            f"train.device is 'gpu' but the cluster has {num_gpus} GPUs for {least} "
             "workers; lower train.num_workers or set train.device to 'auto'."
         )
-    least = num_workers if train.min_workers is None else min(train.min_workers, num_workers)
     return Scaling(
         num_workers=num_workers if least == num_workers else (least, num_workers),
         use_gpu=use_gpu,
-        accelerator_type=train.accelerator_type if use_gpu else None,
+        accelerator_type=train.accelerator_type,
         resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
     )
 

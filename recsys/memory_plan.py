@@ -62,12 +62,15 @@ def plan_memory(recipe: Recipe, workload: Workload) -> MemoryPlan:
     of_items = sum(table.numel() for table in model.item_parameters)
     weights = sum(parameter.numel() for parameter in model.parameters())
     is_touched = recipe.optimiser.item_rows == "touched"
+    dense = weights - of_items * is_touched
+    # DDP exchanges gradients from buckets of its own.
+    copies = 1 if workload.num_workers == 1 else 2
     codes = sum(buffer.nbytes for buffer in model.buffers())
     return MemoryPlan(
         {
             "weights": 4 * weights + codes,
             "moments": 8 * weights,
-            "gradients": 4 * (weights - of_items * is_touched),
+            "gradients": 4 * dense * copies,
             "loss": _loss_bytes(recipe, workload),
             "activations": _activation_bytes(recipe, workload),
             "tokens": workload.num_tokens * (8 + len(workload.context_sizes)),

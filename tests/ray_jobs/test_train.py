@@ -16,7 +16,7 @@ from ray.train import Checkpoint
 
 from data_lake.storage import list_folder
 from ray_jobs import build_sequences, evaluate, generate, ingest, train
-from ray_jobs.errors import JobError
+from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.runs import open_run
 from ray_jobs.sequences_reader import Learned, Vocabulary
 from ray_jobs.train import read_history
@@ -85,8 +85,14 @@ def test_workers_may_be_fewer_and_of_one_type_of_gpu(tmp_path, monkeypatch):
     changes = {"num_workers": 8, "min_workers": 2, "accelerator_type": "A100"}
     scaling = train._scaling(_with_train(config, **changes))
     assert (scaling.num_workers, scaling.accelerator_type) == ((2, 8), "A100")
-    on_cpus = train._scaling(_with_train(config, **changes, device="cpu"))
-    assert on_cpus.accelerator_type is None
+    with pytest.raises(JobError, match=r"'A100', and training would run on CPUs"):
+        train._scaling(_with_train(config, **changes, device="cpu"))
+    # There is room for three: a run that may have two begins.
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
+    scaling = train._scaling(_with_train(config, num_workers=8, min_workers=2))
+    assert (scaling.num_workers, scaling.max_workers) == ((2, 8), 8)
+    with pytest.raises(ConfigError, match="min_workers 9 is more than num_workers 2"):
+        tiny_config(tmp_path, "train.min_workers=9")
 
 
 def test_weights_are_those_of_the_best_epoch_that_is_whole(tmp_path, caplog):

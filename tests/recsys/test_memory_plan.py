@@ -34,6 +34,14 @@ def test_rows_that_are_touched_alone_have_no_gradient_of_the_table():
     assert saved == 4 * 100_000 * 65
 
 
+def test_several_workers_hold_gradients_twice():
+    recipe = read_recipe("sasrec-ce")
+    alone, together = (
+        plan_memory(recipe, replace(_LOAD, num_workers=number)).parts for number in (1, 4)
+    )
+    assert together == alone | {"gradients": 2 * alone["gradients"]}
+
+
 @pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce", "gsasrec", "rss"])
 def test_activations_grow_with_the_windows(recipe):
     one, two = (
