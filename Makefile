@@ -26,7 +26,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt $(if $(TORCH_INDEX),-i "$(TORCH_INDEX)") torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,feast]'
 	@touch $@
 
 demo: setup  ## the whole road; DATA=synthetic|ml-1m|retailrocket|globo, ARGS=--exit
