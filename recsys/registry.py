@@ -1,18 +1,63 @@
-"""Which versions exist and which one serves: a folder of artifacts and one small file beside them.
+"""Which versions exist, and which serve with which share of the visitors: a folder of artifacts and
+one small file beside them.
 
 <root>/<version>/...      artifacts, never changed once published
-<root>/SERVING.json       {"version": ..., "previous": ...}
+<root>/SERVING.json       {"serving": {"champion": ..., "shares": {...}}, "before": [...]}
+
+The file is replaced at once under a lock, so that promotions at the same time follow each other and
+a reader sees one of them whole.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
 
 _SERVING = "SERVING.json"
+_LOCK = ".SERVING.lock"
+_MAX_BEFORE = 50
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves: a champion, and canaries with their shares of the visitors."""
+
+    champion: str
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the other versions, each above 0, below 1 together; the champion has the rest."""
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The champion, then the others."""
+        return (self.champion, *self.shares)
+
+    def share_of(self, version: str) -> float:
+        """Share of the visitors who see a version."""
+        if version == self.champion:
+            return 1.0 - sum(self.shares.values())
+        return self.shares.get(version, 0.0)
+
+    def choose(self, visitor: str) -> str:
+        """The version of a visitor, always the same one while shares stay.
+
+        A visitor of a canary keeps it while its share grows. Who sees a canary depends on its name,
+        so that the next one meets other people.
+        """
+        remaining = 1.0
+        for version, share in self.shares.items():
+            if _uniform(f"{version}:{visitor}") < share / remaining:
+                return version
+            remaining -= share
+        return self.champion
 
 
 def list_versions(root: Path) -> list[str]:
@@ -20,25 +65,137 @@ def list_versions(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob(f"[!.]*/{MANIFEST}"))
 
 
+def read_serving(root: Path) -> Serving:
+    """What serves. Raises ArtifactError when nothing was promoted, or the file is damaged."""
+    content = _read(root)
+    if content is None:
+        raise ArtifactError(f"No version in {root} serves yet; run ray_jobs.publish first.")
+    return _parse(root, content["serving"])
+
+
 def serving_version(root: Path) -> str:
-    """The version that serves. Raises ArtifactError when none was promoted."""
-    try:
-        version: str = json.loads((root / _SERVING).read_text())["version"]
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"No version in {root} serves yet; run ray_jobs.publish first."
-        ) from None
-    return version
+    """The champion. Raises ArtifactError as `read_serving`."""
+    return read_serving(root).champion
 
 
-def promote(root: Path, version: str) -> None:
-    """Makes a published version the one that serves; the file is replaced at once."""
+def promote(root: Path, version: str, share: float = 1.0) -> Serving:
+    """Gives a published version a share of the visitors; all of them make it the champion, and end
+    every canary.
+
+    Raises: ArtifactError for a version that does not exist, a share that is none, or a canary
+    without a champion.
+    """
     if version not in list_versions(root):
         raise ArtifactError(
             f"Version {version} is not in {root}; it holds: "
             f"{', '.join(list_versions(root)) or 'none'}."
         )
-    previous = serving_version(root) if (root / _SERVING).exists() else None
-    temporary = root / f"{_SERVING}.{uuid.uuid4().hex}"
-    temporary.write_text(json.dumps({"version": version, "previous": previous}))
+    if not 0 < share <= 1:
+        raise ArtifactError(f"A share of {share:g} is none; give a number above 0, at most 1.")
+
+    def change(serving: Serving | None) -> Serving:
+        if share == 1:
+            return Serving(version)
+        if serving is None or serving.champion == version:
+            raise ArtifactError(
+                f"Version {version} cannot have a share of {share:g} beside no other champion; "
+                "promote it with a share of 1."
+            )
+        shares = {**serving.shares, version: share}
+        if sum(shares.values()) >= 1:
+            raise ArtifactError(
+                f"The shares {_written(shares)} leave nothing for {serving.champion}; give less."
+            )
+        return Serving(serving.champion, shares)
+
+    return _change(root, change)
+
+
+def roll_back(root: Path) -> Serving:
+    """Ends the canaries if there are any; else brings back what served before.
+
+    Raises: ArtifactError when nothing did.
+    """
+    with _locked(root):
+        content = _read(root)
+        if content is None:
+            raise ArtifactError(f"No version in {root} serves yet; there is nothing to roll back.")
+        serving = _parse(root, content["serving"])
+        before = [_parse(root, state) for state in content["before"]]
+        if serving.shares:
+            found = Serving(serving.champion)
+        else:
+            champions = [state for state in before if state.champion != serving.champion]
+            if not champions:
+                raise ArtifactError(
+                    f"Nothing served in {root} before {serving.champion}; promote a version."
+                )
+            found = Serving(champions[-1].champion)
+            # What is rolled back is not what "before" means the next time.
+            before = before[: before.index(champions[-1])]
+        _write(root, found, before)
+    return found
+
+
+def _change(root: Path, change: Callable[[Serving | None], Serving]) -> Serving:
+    with _locked(root):
+        content = _read(root)
+        serving = None if content is None else _parse(root, content["serving"])
+        before = [] if content is None else [_parse(root, state) for state in content["before"]]
+        found = change(serving)
+        _write(root, found, before if serving is None else [*before, serving])
+    return found
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    with (root / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((root / _SERVING).read_text())
+        if isinstance(content["before"], list) and isinstance(content["serving"], dict):
+            return dict(content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise _damaged(root)
+
+
+def _parse(root: Path, state: Any) -> Serving:
+    try:
+        return Serving(
+            str(state["champion"]), {str(key): float(s) for key, s in state["shares"].items()}
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(root) from error
+
+
+def _damaged(root: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{root / _SERVING} is damaged; delete it and promote one of "
+        f"{', '.join(list_versions(root)) or 'none'} again."
+    )
+
+
+def _write(root: Path, serving: Serving, before: list[Serving]) -> None:
+    states = [
+        {"champion": state.champion, "shares": dict(state.shares)} for state in [*before, serving]
+    ]
+    temporary = root / f".{_SERVING}.{uuid.uuid4().hex}"
+    content = {"serving": states[-1], "before": states[:-1][-_MAX_BEFORE:]}
+    temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, root / _SERVING)
+
+
+def _uniform(text: str) -> float:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _written(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{version}: {share:g}" for version, share in shares.items())

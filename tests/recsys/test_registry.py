@@ -1,8 +1,18 @@
+import json
+from multiprocessing import get_context
+
 import pytest
 
 from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
-from recsys.registry import list_versions, promote, serving_version
+from recsys.registry import (
+    Serving,
+    list_versions,
+    promote,
+    read_serving,
+    roll_back,
+    serving_version,
+)
 
 
 @pytest.fixture
@@ -24,7 +34,7 @@ def test_promoted_version_serves_and_may_be_replaced(root):
 
     promote(root, "20260102")
     assert serving_version(root) == "20260102"
-    assert list(root.glob("SERVING.json*")) == [root / "SERVING.json"]
+    assert list(root.glob("*SERVING.json*")) == [root / "SERVING.json"]
 
 
 def test_unknown_version_cannot_serve(root):
@@ -35,3 +45,104 @@ def test_unknown_version_cannot_serve(root):
 def test_registry_without_promotion_says_what_to_run(tmp_path):
     with pytest.raises(ArtifactError, match=r"serves yet; run ray_jobs\.publish first"):
         serving_version(tmp_path)
+
+
+def test_canary_has_its_share_until_it_is_promoted_or_rolled_back(root):
+    promote(root, "20260101")
+
+    assert promote(root, "20260102", 0.1) == Serving("20260101", {"20260102": 0.1})
+    assert read_serving(root).share_of("20260101") == pytest.approx(0.9)
+    assert promote(root, "20260102", 0.3).shares == {"20260102": 0.3}
+    assert roll_back(root) == read_serving(root) == Serving("20260101")
+    assert promote(root, "20260102") == Serving("20260102")
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_share_lies_above_zero_and_is_at_most_all(root, share):
+    with pytest.raises(ArtifactError, match="is none; give a number above 0"):
+        promote(root, "20260101", share)
+
+
+def test_canary_needs_a_champion_that_keeps_visitors(root):
+    with pytest.raises(ArtifactError, match="beside no other champion"):
+        promote(root, "20260101", 0.5)
+    promote(root, "20260101")
+    with pytest.raises(ArtifactError, match="beside no other champion"):
+        promote(root, "20260101", 0.5)
+
+    (root / "20260103").mkdir()
+    (root / "20260103" / MANIFEST).write_text("{}")
+    promote(root, "20260102", 0.5)
+    with pytest.raises(ArtifactError, match=r"20260102: 0.5, 20260103: 0.5 leave nothing"):
+        promote(root, "20260103", 0.5)
+
+
+def test_roll_back_goes_back_step_by_step_and_says_where_it_ends(root):
+    promote(root, "20260101")
+    promote(root, "20260102")
+
+    assert roll_back(root) == Serving("20260101")
+    with pytest.raises(ArtifactError, match="Nothing served in .* before 20260101"):
+        roll_back(root)
+
+
+def test_visitor_stays_with_a_canary_while_its_share_grows():
+    visitors = [f"u{number}" for number in range(20_000)]
+    small, large = Serving("a", {"b": 0.1}), Serving("a", {"b": 0.25})
+    of_small = {visitor for visitor in visitors if small.choose(visitor) == "b"}
+    of_large = {visitor for visitor in visitors if large.choose(visitor) == "b"}
+
+    # Five standard deviations of a share among 20,000.
+    assert len(of_small) / len(visitors) == pytest.approx(0.1, abs=0.011)
+    assert len(of_large) / len(visitors) == pytest.approx(0.25, abs=0.016)
+    assert of_small < of_large
+
+
+def test_every_version_has_its_share_and_the_next_canary_meets_other_people():
+    visitors = [f"u{number}" for number in range(20_000)]
+    serving = Serving("a", {"b": 0.2, "c": 0.3})
+    chosen = [serving.choose(visitor) for visitor in visitors]
+    again = Serving("a", {"d": 0.2})
+    both = [
+        visitor
+        for visitor, version in zip(visitors, chosen, strict=True)
+        if version == "b" and again.choose(visitor) == "d"
+    ]
+
+    for version in serving.versions:
+        share = chosen.count(version) / len(visitors)
+        assert share == pytest.approx(serving.share_of(version), abs=0.018)
+    assert len(both) / chosen.count("b") == pytest.approx(0.2, abs=0.032)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"serving": 1, "before": []}', '{"serving": {}, "before": []}']
+)
+def test_damaged_file_says_so_and_what_to_do(root, content):
+    (root / "SERVING.json").write_text(content)
+
+    for act in (read_serving, roll_back, lambda root: promote(root, "20260101")):
+        with pytest.raises(ArtifactError, match="SERVING.json is damaged; delete it and promote"):
+            act(root)
+
+
+def promote_many(root, version):
+    for _ in range(20):
+        promote(root, version)
+
+
+def test_promotions_at_the_same_time_follow_each_other(root):
+    context = get_context("spawn")
+    others = [
+        context.Process(target=promote_many, args=(root, version))
+        for version in ("20260101", "20260102")
+    ]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+
+    assert [other.exitcode for other in others] == [0, 0]
+    # None was lost: each state but the last became a "before".
+    content = json.loads((root / "SERVING.json").read_text())
+    assert len(content["before"]) == 39
