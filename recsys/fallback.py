@@ -101,6 +101,26 @@ class Fallback:
         return _take(ranked, limit, exclude)
 
 
+    def because(self, item_id: ItemId, history: Sequence[ItemId]) -> ItemId | None:
+        """The item of a history (oldest first) that is co-visited most with an item, the latest
+        counting most; None where none of the last ones is.
+        """
+        table = self._neighbours
+        wanted = table.index.get(item_id)
+        best, best_score = None, 0.0
+        for age, own_id in enumerate(reversed(history[-RECENT_EVENTS:])):
+            row = table.index.get(own_id)
+            if row is None or wanted is None:
+                continue
+            span = slice(table.offsets[row], table.offsets[row + 1])
+            found = np.flatnonzero(table.items[span] == wanted)
+            if found.size:
+                score = float(table.scores[span][found[0]]) * DECAY**age
+                if score > best_score:
+                    best, best_score = own_id, score
+        return best
+
+
 def write_fallback(
     folder: Path,
     store: TokenStore,

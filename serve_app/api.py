@@ -55,6 +55,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         429: "Too many requests at once; see Retry-After.",
     }.items()
 }
+API_VERSION = "1"
 UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
 
@@ -74,12 +75,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        await recommender.close()
         await recommender.history.close()
 
     app = FastAPI(
         title="nextitem",
         summary="Next-item recommendations for a shop",
-        version=recommender.model.version,
+        version=API_VERSION,
         lifespan=lifespan,
         responses=_PROBLEMS,
     )
@@ -103,9 +105,11 @@ def _recommend_routes(recommender: Recommender, settings: Settings) -> APIRouter
 
     @routes.post("/v1/recommend", response_model_exclude_none=True)
     @routes.post("/recommend", response_model_exclude_none=True, include_in_schema=False)
-    async def recommend(request: RecommendRequest) -> RecommendResponse:
+    async def recommend(request: RecommendRequest, http: Request) -> RecommendResponse:
         """What this visitor will want next. Never empty while enough items pass the filter."""
-        return await recommender.recommend(request)
+        response = await recommender.recommend(request)
+        http.scope["source"] = response.source
+        return response
 
     @routes.post("/v1/recommend:batch", response_model_exclude_none=True)
     async def recommend_batch(batch: BatchRequest, http: Request) -> BatchResponse:
@@ -115,9 +119,11 @@ def _recommend_routes(recommender: Recommender, settings: Settings) -> APIRouter
         return BatchResponse(results=list(await asyncio.gather(*entries)))
 
     @routes.post("/v1/similar", response_model_exclude_none=True)
-    async def similar(request: SimilarRequest) -> RecommendResponse:
+    async def similar(request: SimilarRequest, http: Request) -> RecommendResponse:
         """Items like a given one."""
-        return await recommender.similar(request)
+        response = await recommender.similar(request)
+        http.scope["source"] = response.source
+        return response
 
     return routes
 
@@ -213,12 +219,14 @@ def _health_routes(recommender: Recommender) -> APIRouter:
     @routes.get("/health")
     async def health() -> HealthResponse:
         """What serves, and how it is."""
-        info, breaker = recommender.ranker_info, recommender.breaker.state
+        info, breaker = recommender.ranker_info, recommender.ranker.breaker.state
+        serving, champion = recommender.models.serving, recommender.models.champion
         is_well = info is not None and breaker == "closed"
         return HealthResponse(
             status="ok" if is_well else "starting" if info is None else "degraded",
-            model_version=recommender.model.version,
-            vocab_size=recommender.model.artifact.catalogue.num_items,
+            model_version=champion.version,
+            shares={version: serving.share_of(version) for version in serving.versions},
+            vocab_size=champion.artifact.catalogue.num_items,
             device=info.device if info else None,
             ranker=breaker,
         )

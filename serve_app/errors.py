@@ -2,7 +2,9 @@
 
 ServeError
 ├── SettingsError            a setting is missing or does not fit
+├── HistoryUnavailableError  the history store does not answer; the request goes on without it
 └── RankerUnavailableError   the ranker is dead, saturated or too slow; the next rung answers
+    └── RankerSaturatedError     it has more to do than it can, which is no sickness
 """
 
 
@@ -16,3 +18,11 @@ class SettingsError(ServeError):
 
 class RankerUnavailableError(ServeError):
     """No answer of the ranker is to be had."""
+
+
+class RankerSaturatedError(RankerUnavailableError):
+    """The ranker refuses more requests for now."""
+
+
+class HistoryUnavailableError(ServeError):
+    """The history of a visitor is not to be had now."""

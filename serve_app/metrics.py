@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from ray.serve import metrics as ray_metrics
 
 from recsys.registry import Serving
 
@@ -69,25 +68,18 @@ class Metrics:
 
     Args:
         component: `ingress` or `ranker`; both report which versions they serve.
-        with_ray: tell the agent of Ray too; only inside a replica of Serve.
+        shared: `ray.serve.metrics` inside a replica of Serve, whose agent is told too; else None.
     """
 
-    def __init__(self, component: str = "ingress", *, with_ray: bool = False) -> None:
+    def __init__(self, component: str = "ingress", shared: Any = None) -> None:
         self._component = component
-        self._with_ray = with_ray
+        self._shared = shared
         self._registry = CollectorRegistry()
         _make_room()
+        self._versions: set[str] = set()
         self._declare_requests()
         self._declare_parts()
         self._declare_models()
-
-    def serve(self, serving: Serving) -> None:
-        """What serves in this process from now on."""
-        for version in self._versions - set(serving.versions):
-            self.model_share.labels(self._component, version).set(0)
-        self._versions = set(serving.versions)
-        for version in serving.versions:
-            self.model_share.labels(self._component, version).set(serving.share_of(version))
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
@@ -148,7 +140,6 @@ class Metrics:
         )
 
     def _declare_models(self) -> None:
-        self._versions: set[str] = set()
         self.model_share = self._gauge(
             "nextitem_model_share",
             "Share of the visitors that see a version.",
@@ -167,27 +158,33 @@ class Metrics:
             ("component",),
         )
 
+    def serve(self, serving: Serving) -> None:
+        """What serves in this process from now on."""
+        for version in self._versions - set(serving.versions):
+            self.model_share.labels(self._component, version).set(0)
+        self._versions = set(serving.versions)
+        for version in serving.versions:
+            self.model_share.labels(self._component, version).set(serving.share_of(version))
+
     def _histogram(
         self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = _LATENCY_S
     ) -> Instrument:
         local = prometheus_client.Histogram(
             name, text, labels, buckets=buckets, registry=self._registry
         )
-        shared = (
-            ray_metrics.Histogram(name, text, list(buckets), labels) if self._with_ray else None
-        )
+        shared = self._shared and self._shared.Histogram(name, text, list(buckets), labels)
         return Instrument(local, shared, labels)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Instrument:
         local = prometheus_client.Counter(name, text, labels, registry=self._registry)
-        shared = ray_metrics.Counter(name, text, labels) if self._with_ray else None
+        shared = self._shared and self._shared.Counter(name, text, labels)
         return Instrument(local, shared, labels)
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...], mode: Any) -> Instrument:
         local = prometheus_client.Gauge(
             name, text, labels, registry=self._registry, multiprocess_mode=mode
         )
-        shared = ray_metrics.Gauge(name, text, labels) if self._with_ray else None
+        shared = self._shared and self._shared.Gauge(name, text, labels)
         return Instrument(local, shared, labels)
 
 

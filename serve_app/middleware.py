@@ -52,7 +52,7 @@ class Gate:
                     MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
             await send(message)
 
-        self._in_flight += 1
+        self._count(1)
         try:
             await self._pass(scope, receive, send_with_id)
         except Exception as error:
@@ -62,11 +62,16 @@ class Gate:
             problem = make_problem(500, _FAILED, scope["request_id"], code="internal_error")
             await problem_response(problem)(scope, receive, send_with_id)
         finally:
-            self._in_flight -= 1
+            self._count(-1)
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.request_seconds.labels(route, str(status)).observe(
+            source = scope.get("source", "none")
+            self._metrics.request_seconds.labels(route, source, str(status)).observe(
                 time.monotonic() - started
             )
+
+    def _count(self, step: int) -> None:
+        self._in_flight += step
+        self._metrics.in_flight.set(self._in_flight)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._settings.max_body_bytes

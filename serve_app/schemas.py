@@ -232,6 +232,17 @@ class EventsRequest(Body):
     ]
 
 
+class Reason(Answer):
+    """Why an item is in a list."""
+
+    source: Source
+    """The rung of the ladder that the item came from."""
+    because: int | str | None = None
+    """The item of the history that is most often followed by this one; none for what is popular."""
+    text: str
+    """For people, in English."""
+
+
 class Recommendation(Answer):
     """One item of a list."""
 
@@ -240,8 +251,8 @@ class Recommendation(Answer):
     """Comparable within one list of one source only."""
     rank: int
     """From 1."""
-    reason: Source | None = None
-    """With `explain`: the rung of the ladder that the item came from."""
+    reason: Reason | None = None
+    """With `explain`."""
 
 
 class RecommendResponse(Answer):
@@ -341,6 +352,9 @@ class HealthResponse(Answer):
 
     status: Literal["ok", "degraded", "starting"]
     model_version: str
+    """The champion."""
+    shares: dict[str, float]
+    """Of the visitors, by version."""
     vocab_size: int
     device: str | None
     """Of the ranker; unknown until it has answered once."""

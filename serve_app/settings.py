@@ -2,11 +2,13 @@
 Serve configuration, which win.
 """
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, SecretStr, ValidationError
 
 from serve_app.errors import SettingsError
 
@@ -27,7 +29,9 @@ class Settings(BaseModel):
     registry: AbsolutePath
     """Folder of published versions."""
     version: str | None = None
-    """Version to serve; the promoted one unless set."""
+    """The only version to serve; what the registry says unless set, also when that changes."""
+    registry_poll_s: float = Field(2.0, gt=0)
+    """How often each process looks whether the registry has changed."""
 
     history_path: AbsolutePath = Field(Path("~/nextitem/history.sqlite"), validate_default=True)
     """SQLite file of events; it grows by one row an event."""
@@ -46,9 +50,19 @@ class Settings(BaseModel):
     """Failures in a row after which the ranker is left alone."""
     breaker_open_s: float = Field(1.0, gt=0)
     """How long it is left alone before one request tries again."""
-    cache_size: int = Field(20_000, ge=1)
-    """Ranked lists in memory, per ingress replica."""
+    cache_size: int = Field(20_000, ge=0)
+    """Ranked lists in memory, per ingress replica; 0 asks the ranker every time."""
     cache_ttl_s: float = Field(60.0, gt=0)
+    shared_cache: SecretStr | None = None
+    """Address of a Redis (redis://, rediss://, unix://) that the replicas share lists through."""
+    shared_cache_timeout_ms: int = Field(5, ge=1)
+    """A Redis that takes longer has no list."""
+    exposures: str | None = None
+    """Folder or address (s3://...) for the log of lists that were given; none unless set."""
+    metrics_dir: AbsolutePath = Field(
+        Path(tempfile.gettempdir(), f"nextitem-metrics-{os.getuid()}"), validate_default=True
+    )
+    """On each node, where its processes add up what `/metrics` shows."""
 
     api_keys: ApiKeys | Json[ApiKeys] = Field(default_factory=dict)
     """Scopes by the SHA-256 of each key in hex; JSON in the environment. Empty: no key needed."""

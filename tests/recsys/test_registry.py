@@ -82,7 +82,7 @@ def test_roll_back_goes_back_step_by_step_and_says_where_it_ends(root):
     promote(root, "20260102")
 
     assert roll_back(root) == Serving("20260101")
-    with pytest.raises(ArtifactError, match="Nothing served in .* before 20260101"):
+    with pytest.raises(ArtifactError, match=r"Nothing served in .* before 20260101"):
         roll_back(root)
 
 
@@ -122,7 +122,7 @@ def test_damaged_file_says_so_and_what_to_do(root, content):
     (root / "SERVING.json").write_text(content)
 
     for act in (read_serving, roll_back, lambda root: promote(root, "20260101")):
-        with pytest.raises(ArtifactError, match="SERVING.json is damaged; delete it and promote"):
+        with pytest.raises(ArtifactError, match=r"SERVING\.json is damaged; delete it and promote"):
             act(root)
 
 

@@ -9,8 +9,10 @@ from recsys.ranker import Ranker
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
 from serve_app.history import SqliteHistory
-from serve_app.recommender import Model, Recommender
+from serve_app.model import Model
+from serve_app.recommender import Recommender
 from serve_app.settings import Settings
+from serve_app.versions import Versions
 
 NOW_S = 1_770_000_000.0
 
@@ -24,10 +26,10 @@ class FakeRanker:
         self.delay_s = 0.0
         self.error = None
 
-    async def rank(self, query):
+    async def rank(self, query, version):
         return (await self._answer(lambda: self._ranker.rank([query])))[0]
 
-    async def similar(self, query):
+    async def similar(self, query, version):
         return (await self._answer(lambda: self._ranker.similar([query])))[0]
 
     async def describe(self):
@@ -76,8 +78,9 @@ class ShopFront:
         self.ranker = FakeRanker(artifact)
         self.history = SqliteHistory(self.settings.history_path)
         self.now_s = NOW_S
+        self.versions = Versions(registry, Model.load, pinned=version)
         self.recommender = Recommender(
-            Model.of(artifact), self.history, self.ranker, self.settings, now=lambda: self.now_s
+            self.versions, self.history, self.ranker, self.settings, now=lambda: self.now_s
         )
         self.app = create_app(self.recommender, self.settings, now=lambda: self.now_s)
         self.client = Client(self.app)

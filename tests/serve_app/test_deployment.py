@@ -1,4 +1,6 @@
 import asyncio
+import re
+import shutil
 import socket
 import threading
 import time
@@ -13,8 +15,9 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from recsys.registry import promote, roll_back
 from serve_app.deployment import Ingress, RankerDeployment, ServeRanker, build
-from serve_app.errors import RankerUnavailableError, SettingsError
+from serve_app.errors import RankerSaturatedError, RankerUnavailableError, SettingsError
 from serve_app.settings import Settings
 
 pytestmark = pytest.mark.ray
@@ -34,14 +37,28 @@ def task_error(cause):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, registry, tmp_path_factory):
+def own_registry(registry, tmp_path_factory):
+    """A registry that a test may change."""
+    root = tmp_path_factory.mktemp("own") / "registry"
+    shutil.copytree(registry, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, own_registry, tmp_path_factory):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    history_path = tmp_path_factory.mktemp("serve") / "history.sqlite"
-    serve.run(
-        build({"registry": str(registry), "history_path": str(history_path), "ranker_cpus": 0.5}),
-        name="nextitem",
-    )
+    folder = tmp_path_factory.mktemp("serve")
+    arguments = {
+        "registry": str(own_registry),
+        "history_path": str(folder / "history.sqlite"),
+        "metrics_dir": str(folder / "metrics"),
+        "exposures": str(folder / "exposures"),
+        "registry_poll_s": 0.1,
+        "ranker_cpus": 0.5,
+        "ingress_replicas": 2,
+    }
+    serve.run(build(arguments), name="nextitem")
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
     yield url
@@ -129,6 +146,66 @@ def test_no_page_is_empty_while_the_ranker_is_dead_and_it_comes_back(url):
     assert httpx.get(f"{url}/health/ready").status_code == 200
 
 
+def test_new_version_takes_over_without_a_failed_or_degraded_request(url, own_registry):
+    answers, is_over = [], threading.Event()
+
+    def ask():
+        with httpx.Client(timeout=20) as client:
+            while not is_over.is_set():
+                body = {"user_history": [f"i{len(answers) % 40}"], "timeout_ms": 5000}
+                answers.append(client.post(f"{url}/v1/recommend", json=body))
+
+    def serves(version):
+        versions = [answer.json()["model_version"] for answer in answers[-20:]]
+        return set(versions) == {version} and len(versions) == 20
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for change, version in ((promote, "v2"), (lambda root, _: roll_back(root), "v1")):
+            change(own_registry, version)
+            wait_until(lambda version=version: serves(version))
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert not any(answer.json()["degraded"] for answer in answers)
+    assert httpx.get(f"{url}/health").json()["shares"] == {"v1": 1.0}
+
+
+def test_version_that_is_damaged_takes_nothing_over(url, own_registry):
+    shutil.copytree(own_registry / "v2", own_registry / "v3")
+    (own_registry / "v3" / "model.safetensors").write_bytes(b"damaged")
+    promote(own_registry, "v3")
+
+    wait_until(lambda: read_metric(url, 'model_load_failures_total{component="ranker"}'))
+    wait_until(lambda: read_metric(url, 'model_load_failures_total{component="ingress"}') >= 2)
+    answer = recommend(url, user_history=HISTORY)
+    roll_back(own_registry)
+
+    assert (answer["model_version"], answer["degraded"]) == ("v1", False)
+
+
+def test_metrics_are_the_sum_of_all_replicas(url):
+    name = 'recommendations_total{degraded="false",source="popular",version="v1"}'
+    before = read_metric(url, name)
+    for number in range(30):
+        assert recommend(url, user_id=f"stranger {number}")["source"] == "popular"
+
+    assert {read_metric(url, name) for _ in range(10)} == {before + 30}
+    assert read_metric(url, "batch_size_count") > 0
+    assert read_metric(url, 'model_share{component="ranker",version="v1"}') == 1
+
+
+def read_metric(url, name):
+    text = httpx.get(f"{url}/metrics", timeout=20).text
+    found = re.search(rf"^nextitem_{re.escape(name)} (.*)$", text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
+
+
 def kill_ranker():
     (actor,) = [
         actor
@@ -139,7 +216,7 @@ def kill_ranker():
 
 
 def test_ranker_that_broke_says_so_and_asks_to_be_replaced(registry):
-    ranker = RankerDeployment(registry / "v1", "cpu", "torch", 8)
+    ranker = RankerDeployment(Settings(registry=registry, device="cpu"))
 
     def fail(queries):
         raise RuntimeError("out of memory")
@@ -166,7 +243,7 @@ def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
         history_seed=tmp_path / "seed.parquet",
     )
 
-    ingress = Ingress(registry / "v1", settings, None)
+    ingress = Ingress(settings, None)
     events = asyncio.run(ingress._recommender.history.recent("user_id", "u9", 50))
     ingress._recommender.history.close_now()
 
@@ -177,20 +254,20 @@ def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (BackPressureError(9, 8), RankerUnavailableError),
+        (BackPressureError(9, 8), RankerSaturatedError),
         (ActorDiedError(), RankerUnavailableError),
         (task_error(RankerUnavailableError("cuda")), RankerUnavailableError),
         (task_error(KeyError("a bug")), KeyError),
     ],
 )
 def test_only_an_absent_ranker_leads_to_the_next_rung(error, expected):
-    async def fail(query):
+    async def fail(query, version):
         raise error
 
     handle = SimpleNamespace(rank=SimpleNamespace(remote=fail))
 
     with pytest.raises(expected):
-        asyncio.run(ServeRanker(handle).rank(None))
+        asyncio.run(ServeRanker(handle).rank(None, "v1"))
 
 
 def test_wrong_arguments_are_named_before_anything_starts():

@@ -1,8 +1,15 @@
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from recsys.catalogue import Catalogue
+from recsys.ranker import RankedList
+from recsys.registry import Serving
+from serve_app.errors import HistoryUnavailableError, RankerSaturatedError
+from serve_app.model import Model
 from serve_app.schemas import RecommendRequest
+from serve_app.versions import Versions
 
 HISTORY = ["i1", "i2", "i3"]
 
@@ -24,7 +31,8 @@ def test_visitor_without_history_gets_what_is_popular_and_that_is_no_failure(fro
 
     assert (answer["source"], answer["degraded"]) == ("popular", False)
     assert len(ids(answer)) == 10
-    assert {entry["reason"] for entry in answer["recommendations"]} == {"popular"}
+    reasons = [entry["reason"] for entry in answer["recommendations"]]
+    assert reasons == [{"source": "popular", "text": "Popular now"}] * 10
     assert front.ranker.calls == 0
 
 
@@ -33,7 +41,8 @@ def test_segment_without_history_gets_what_is_popular_in_it(front):
 
     assert (answer["source"], answer["degraded"]) == ("popular_in_segment", False)
     assert ids(answer) == [
-        item_id for item_id, _ in front.recommender.model.fallback.popular_in("loyal", limit=10)
+        item_id
+        for item_id, _ in front.recommender.models.champion.fallback.popular_in("loyal", limit=10)
     ]
 
 
@@ -41,6 +50,23 @@ def test_unknown_items_alone_are_like_no_history(front):
     answer = front.recommend(user_history=["x", 7, "y"])
 
     assert (answer["source"], answer["degraded"], answer["unknown_items"]) == ("popular", False, 3)
+
+
+def test_reason_names_the_item_that_is_often_followed_by_this_one(front):
+    post = front.client.post("/v1/recommend", json={"user_history": ["i1"], "top_k": 39})
+    assert "reason" not in post.json()["recommendations"][0]
+
+    events = [{"item_id": "i1", "event_type": "purchase"}, {"item_id": "i7"}]
+    answer = front.recommend(recent_events=events, top_k=38, explain=True)
+
+    fallback = front.versions.champion.fallback
+    for entry in answer["recommendations"]:
+        because = fallback.because(entry["item_id"], ["i1", "i7"])
+        assert entry["reason"].get("because") == because
+        verb = {"i1": "bought", "i7": "viewed"}.get(because)
+        text = f"Because you {verb} {because}" if because else "Chosen for you"
+        assert entry["reason"]["text"] == text
+    assert {entry["reason"].get("because") for entry in answer["recommendations"]} >= {"i1", "i7"}
 
 
 @pytest.mark.parametrize("fault", ["dead", "slow"])
@@ -66,7 +92,7 @@ def test_rungs_follow_each_other_until_the_list_is_full(front):
         user_history=["i1"], top_k=39, context={"segment": "new"}, explain=True
     )
 
-    reasons = [entry["reason"] for entry in answer["recommendations"]]
+    reasons = [entry["reason"]["source"] for entry in answer["recommendations"]]
     order = ["covisited", "popular_in_segment", "popular"]
     assert len(set(ids(answer))) == 39
     assert reasons == sorted(reasons, key=order.index)
@@ -225,13 +251,84 @@ def test_dead_ranker_is_left_alone_and_found_again(open_front):
     for number in range(5):
         assert front.recommend(user_history=[f"i{number}"])["degraded"] is True
     assert front.ranker.calls == 2
-    assert front.recommender.breaker.state == "open"
+    assert front.recommender.ranker.breaker.state == "open"
 
     front.ranker.error = None
     front.client.runner.run(asyncio.sleep(0.25))
 
     assert front.recommend(user_history=["i1"])["source"] == "model"
-    assert front.recommender.breaker.state == "closed"
+    assert front.recommender.ranker.breaker.state == "closed"
+
+
+@pytest.mark.parametrize("cache_size", [0, 100])
+def test_ranker_that_hangs_is_left_alone_before_it_is_given_up(open_front, cache_size):
+    front = open_front(
+        breaker_failures=2, deadline_ms=20, ranker_timeout_ms=60_000, cache_size=cache_size
+    )
+    front.ranker.delay_s = 3600.0
+    for number in range(4):
+        assert front.recommend(user_history=[f"i{number}"])["degraded"] is True
+
+    assert front.ranker.calls == 2
+
+
+def test_saturated_ranker_is_not_taken_for_a_sick_one(open_front):
+    front = open_front(breaker_failures=1)
+    front.ranker.error = RankerSaturatedError("32 wait")
+
+    assert front.recommend(user_history=["i1"])["degraded"] is True
+    assert front.recommender.ranker.breaker.state == "closed"
+
+
+def test_without_a_cache_the_ranker_is_asked_every_time(open_front):
+    front = open_front(cache_size=0)
+    answers = [front.recommend(user_history=HISTORY) for _ in range(2)]
+
+    assert ids(answers[0]) == ids(answers[1])
+    assert front.ranker.calls == 2
+
+
+@pytest.mark.parametrize("fault", ["down", "slow"])
+def test_without_a_history_store_a_visitor_gets_what_is_popular_in_time(open_front, fault):
+    front = open_front(deadline_ms=50)
+
+    async def fail(owner, name, limit):
+        if fault == "slow":
+            await asyncio.sleep(3600)
+        raise HistoryUnavailableError("down")
+
+    front.history.recent = fail
+    answer = front.recommend(user_id="u1", context={"segment": "loyal"})
+
+    assert (answer["source"], answer["degraded"]) == ("popular_in_segment", True)
+    assert len(ids(answer)) == 10
+    assert answer["took_ms"] < 1000
+
+
+def test_visitors_see_the_version_of_their_share_and_keep_it(open_front):
+    front = open_front()
+    other = Versions(front.settings.registry, Model.load, pinned="v2")
+    both = {"v1": front.versions.champion, "v2": other.champion}
+    serving = Serving("v1", {"v2": 0.5})
+    front.recommender.models = SimpleNamespace(
+        serving=serving, champion=both["v1"], choose=lambda visitor: both[serving.choose(visitor)]
+    )
+    asked = []
+
+    async def rank(query, version):
+        asked.append(version)
+        return RankedList(("i1",), (1.0,), version)
+
+    front.ranker.rank = rank
+    for number in range(20):
+        front.post_event(number, "i1", user_id=f"u{number}")
+    rounds = [
+        [front.recommend(user_id=f"u{number}")["model_version"] for number in range(20)]
+        for _ in range(2)
+    ]
+
+    assert rounds[0] == rounds[1] == [serving.choose(f"user u{number}") for number in range(20)]
+    assert set(asked) == {"v1", "v2"}
 
 
 def test_clients_with_short_patience_do_not_open_the_breaker(open_front):
@@ -242,7 +339,7 @@ def test_clients_with_short_patience_do_not_open_the_breaker(open_front):
         front.recommend(user_history=[f"i{number}"], timeout_ms=1)
     front.client.runner.run(asyncio.sleep(0.1))
 
-    assert front.recommender.breaker.state == "closed"
+    assert front.recommender.ranker.breaker.state == "closed"
 
 
 def test_integer_and_string_form_of_a_user_are_one(front):
@@ -253,10 +350,8 @@ def test_integer_and_string_form_of_a_user_are_one(front):
 
 
 def test_filter_that_the_catalogue_cannot_answer_is_a_clear_error(front):
-    table = front.recommender.model.artifact.catalogue.table.drop_columns(["price"])
-    front.recommender.model.index._catalogue = type(front.recommender.model.artifact.catalogue)(
-        table
-    )
+    table = front.recommender.models.champion.artifact.catalogue.table.drop_columns(["price"])
+    front.recommender.models.champion.index._catalogue = Catalogue(table)
 
     response = front.client.post("/v1/recommend", json={"user_id": "u", "filter": {"min_price": 3}})
 
