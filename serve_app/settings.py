@@ -46,13 +46,15 @@ class Settings(BaseModel):
     """Failures in a row after which the ranker is left alone."""
     breaker_open_s: float = Field(1.0, gt=0)
     """How long it is left alone before one request tries again."""
-    cache_size: int = Field(20_000, ge=1)
-    """Ranked lists in memory, per ingress replica."""
+    cache_size: int = Field(20_000, ge=0)
+    """Ranked lists in memory, per ingress replica; 0 keeps none."""
     cache_ttl_s: float = Field(60.0, gt=0)
 
     api_keys: ApiKeys | Json[ApiKeys] = Field(default_factory=dict)
     """Scopes by the SHA-256 of each key in hex; JSON in the environment. Empty: no key needed."""
     max_body_bytes: int = Field(1_000_000, ge=1)
+    body_timeout_s: float = Field(10.0, gt=0)
+    """A request whose body has not come by then is refused with 408."""
     max_in_flight: int = Field(256, ge=1)
     """Requests that one ingress replica works on; more are shed with 429."""
 
