@@ -206,6 +206,10 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    http: Literal["haproxy", "proxy"] = "haproxy"
+    """What brings requests to the endpoint: Ray's HAProxy, or its proxy in Python, several times
+    slower. It counts where a job starts a Ray of its own, as the demo does; a Ray that runs already
+    was started with one or the other, see `cluster/serve.env`."""
     deadline_ms: int = Field(70, ge=1)
     """A request that the model has not answered by then is answered by the next rung."""
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ import ray.data
 
 from data_lake.errors import LakeError
 from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import PipelineConfig, ServeConfig
 from ray_jobs.datasets import ensure_dataset
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.http_checks import Check, check_endpoint, example_user
+from ray_jobs.http_path import plan_http_path
 from ray_jobs.job import Report, builtin_configs, load_config, reason_of
 from ray_jobs.runs import open_run
 from recsys.errors import RecsysError
@@ -64,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(arguments.data, [*fixed, *arguments.set])
         serve.refuse_taken_port(config)
         ensure_dataset(arguments.data)
-        start_ray()
-        shortfalls = run_demo(config, serve_only=arguments.serve_only)
-        wait_or_exit(arguments.exit, shortfalls)
+        with private_folder() as folder:
+            start_ray(config.serve, Path(folder))
+            shortfalls = run_demo(config, serve_only=arguments.serve_only)
+            wait_or_exit(arguments.exit, shortfalls)
     except (LakeError, RecsysError, JobError, OSError) as error:
         print(f"\ndemo failed: {reason_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
@@ -85,8 +88,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def start_ray() -> None:
-    """A Ray of our own on this machine. Raises: JobError when memory does not allow it."""
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """For sockets of HAProxy, whose paths must be short; nobody else may look into it."""
+    # Processes of Ray may still write while they end.
+    return tempfile.TemporaryDirectory(prefix="nextitem-", dir="/tmp", ignore_cleanup_errors=True)
+
+
+def start_ray(config: ServeConfig, folder: Path) -> None:
+    """A Ray of our own on this machine, with the way in for requests that `config` asks for.
+
+    Raises: JobError when memory does not allow it.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     available = available_bytes()
     if available is not None and available < _NEEDED_BYTES:
@@ -95,6 +107,11 @@ def start_ray() -> None:
             f"{_OBJECT_STORE_BYTES / 1e9:.0f} of them for Ray's object store, and this machine has "
             f"{available / 1e9:.1f}; close other programs."
         )
+    path = plan_http_path(config, folder)
+    if path.shortfall:
+        print(path.shortfall, flush=True)
+    # What the user set stays; Ray reads these when it starts.
+    os.environ.update({**path.environment, **os.environ})
     try:
         context = ray.init(
             num_cpus=max(2, os.cpu_count() or 2),

@@ -17,6 +17,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.http_path import is_fast
 from ray_jobs.job import Report, main
 from ray_jobs.materialize import history_folder
 from recsys.artifact import load_artifact
@@ -41,7 +42,12 @@ def run(config: PipelineConfig) -> Report:
     return Report(
         "serve",
         f"{url} is ready",
-        {"url": url, "version": version, "seconds_to_ready": time.perf_counter() - started},
+        {
+            "url": url,
+            "version": version,
+            "seconds_to_ready": time.perf_counter() - started,
+            "http": _http_path(config),
+        },
     )
 
 
@@ -60,6 +66,8 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": config.serve.host, "port": config.serve.port},
+        # A line a request costs more than the request's way in; our metrics count them all.
+        "logging_config": {"enable_access_log": False},
         "applications": [
             {
                 "name": APPLICATION,
@@ -69,6 +77,15 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _http_path(config: PipelineConfig) -> str:
+    """The way in that is in use, and what to do when it is not the one that was asked for."""
+    if is_fast():
+        return "haproxy"
+    if config.serve.http == "proxy":
+        return "proxy"
+    return "proxy, the slow one: this Ray was started without the variables of cluster/serve.env"
 
 
 def _dashboard_url() -> str:

@@ -100,7 +100,6 @@ class Fallback:
         ranked = ((table.item_ids[merged[place]], float(totals[place])) for place in best_first)
         return _take(ranked, limit, exclude)
 
-
     def because(self, item_id: ItemId, history: Sequence[ItemId]) -> ItemId | None:
         """The item of a history (oldest first) that is co-visited most with an item, the latest
         counting most; None where none of the last ones is.

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from recsys.filters import FilterError
+from serve_app.bodies import JsonRoute
 from serve_app.history import LoggedEvent
 from serve_app.keys import KeyCheck
 from serve_app.middleware import Gate
@@ -46,15 +47,36 @@ from serve_app.settings import Settings
 
 _AHEAD_S = 24 * 3600.0
 _PROBLEM = {"$ref": f"#/components/schemas/{Problem.__name__}"}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"content": {MEDIA_TYPE: {"schema": _PROBLEM}}, "description": text}
-    for status, text in {
-        400: "The body is not JSON.",
-        413: "The body is too large.",
-        422: "A field does not fit; `fields` says which.",
+
+
+def _problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"content": {MEDIA_TYPE: {"schema": _PROBLEM}}, "description": text}
+        for status, text in texts.items()
+    }
+
+
+_ALWAYS = _problems(
+    {
         429: "Too many requests at once; see Retry-After.",
-    }.items()
-}
+        431: "The headers are too large.",
+    }
+)
+_WITH_KEY = _problems(
+    {
+        401: "No key, or one that is not known.",
+        403: "The key lacks the scope.",
+        422: "A field does not fit; `fields` says which.",
+    }
+)
+_WITH_BODY = _problems(
+    {
+        400: "The body is not JSON in UTF-8, or has a name twice.",
+        408: "The body took too long to come.",
+        413: "The body is too large.",
+        415: "The body is not sent as application/json.",
+    }
+)
 API_VERSION = "1"
 UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
@@ -83,7 +105,7 @@ def create_app(
         summary="Next-item recommendations for a shop",
         version=API_VERSION,
         lifespan=lifespan,
-        responses=_PROBLEMS,
+        responses=_ALWAYS,
     )
     install_handlers(app)
     app.add_middleware(
@@ -100,7 +122,10 @@ def create_app(
 
 def _recommend_routes(recommender: Recommender, settings: Settings) -> APIRouter:
     routes = APIRouter(
-        tags=["recommend"], dependencies=[Depends(KeyCheck(settings.api_keys, "read"))]
+        tags=["recommend"],
+        dependencies=[Depends(KeyCheck(settings.api_keys, "read"))],
+        route_class=JsonRoute,
+        responses=_WITH_KEY | _WITH_BODY,
     )
 
     @routes.post("/v1/recommend", response_model_exclude_none=True)
@@ -144,12 +169,12 @@ async def _recommend_one(
 def _event_routes(
     recommender: Recommender, settings: Settings, now: Callable[[], float]
 ) -> APIRouter:
-    routes = APIRouter(tags=["events"])
+    routes = APIRouter(tags=["events"], route_class=JsonRoute, responses=_WITH_KEY)
     read, write, admin = (
         [Depends(KeyCheck(settings.api_keys, scope))] for scope in ("read", "write", "admin")
     )
 
-    @routes.post("/v1/events", status_code=202, dependencies=write)
+    @routes.post("/v1/events", status_code=202, dependencies=write, responses=_WITH_BODY)
     async def post_events(request: EventsRequest) -> EventsResponse:
         """Up to a thousand events. What is accepted is on disk and counts from the next request."""
         checked = [_check_event(event, now()) for event in request.events]
@@ -209,7 +234,7 @@ def _health_routes(recommender: Recommender) -> APIRouter:
         """This process runs."""
         return {"status": "ok"}
 
-    @routes.get("/health/ready", responses={503: _PROBLEMS[429] | {"description": "Not warm yet."}})
+    @routes.get("/health/ready", responses=_problems({503: "Not warm yet."}))
     async def ready() -> dict[str, str]:
         """The ranker has been warm once; from then on this process can always answer."""
         if not await recommender.is_ready():

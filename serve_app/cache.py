@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 class AnswerCache(Generic[V]):
     """A key holds everything that an answer depends on, so that nothing ever has to be thrown out
-    by hand.
+    by hand. A cache of size 0 keeps nothing.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AnswerCache(Generic[V]):
     ) -> V:
         try:
             answer = await compute()
-            if keep(answer):
+            if self._answers.maxsize and keep(answer):
                 self._answers[key] = answer
             return answer
         finally:

@@ -1,5 +1,8 @@
-"""What happens around every request: its id, the bound on its body, shedding, and its latency."""
+"""What happens around every request: its id, the bounds on its headers and body, shedding, and its
+latency.
+"""
 
+import asyncio
 import logging
 import re
 import time
@@ -18,6 +21,8 @@ log = logging.getLogger(__name__)
 _FAILED = "The service failed; its log has the details under this request_id."
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _NEVER_SHED = ("/health", "/metrics")
+_MAX_HEADER_BYTES = 32_768
+_TOO_MANY_HEADERS = f"The headers are larger than {_MAX_HEADER_BYTES} bytes; send less."
 
 
 class Gate:
@@ -83,24 +88,36 @@ class Gate:
             response = problem_response(problem, {"Retry-After": "1"})
             await response(scope, receive, send)
             return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
+            problem = make_problem(431, _TOO_MANY_HEADERS, scope["request_id"])
+            await problem_response(problem, {"Connection": "close"})(scope, receive, send)
+            return
         declared = Headers(scope=scope).get("Content-Length", "0")
         if declared.isdecimal() and int(declared[:20]) > limit:
             problem = make_problem(413, _too_large(limit), scope["request_id"])
             await problem_response(problem, {"Connection": "close"})(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive, limit), send)
+        await self._app(scope, _bounded(receive, limit, self._settings.body_timeout_s), send)
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """`receive` for bodies that do not say how long they are."""
-    received = 0
+def _bounded(receive: Receive, limit: int, timeout_s: float) -> Receive:
+    """`receive` for bodies that do not say how long they are, or never come to their end."""
+    received, is_complete = 0, False
+    end = asyncio.get_running_loop().time() + timeout_s
 
     async def receive_bounded() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, is_complete
+        try:
+            # What comes after the body is the end of the connection; it may take its time.
+            async with asyncio.timeout_at(None if is_complete else end):
+                message = await receive()
+        except TimeoutError:
+            detail = f"The body did not come within {timeout_s:g} s; send it at once."
+            raise HTTPException(408, detail, {"Connection": "close"}) from None
+        is_complete = not message.get("more_body", False)
         received += len(message.get("body", b""))
         if received > limit:
-            raise HTTPException(413, _too_large(limit))
+            raise HTTPException(413, _too_large(limit), {"Connection": "close"})
         return message
 
     return receive_bounded

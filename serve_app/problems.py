@@ -22,9 +22,12 @@ _CODES = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_too_slow",
     413: "body_too_large",
+    415: "unsupported_media_type",
     422: "invalid_request",
     429: "too_many_requests",
+    431: "headers_too_large",
     503: "not_ready",
 }
 
@@ -86,10 +89,8 @@ def request_id_of(request: Request) -> str:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = error.errors()
-    if errors and errors[0]["type"] == "json_invalid":
-        return problem_response(make_problem(400, "The body is not JSON.", request_id_of(request)))
-    return problem_response(invalid_request(field_faults(errors), request_id_of(request)))
+    faults = field_faults(error.errors())
+    return problem_response(invalid_request(faults, request_id_of(request)))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

@@ -67,6 +67,8 @@ class Settings(BaseModel):
     api_keys: ApiKeys | Json[ApiKeys] = Field(default_factory=dict)
     """Scopes by the SHA-256 of each key in hex; JSON in the environment. Empty: no key needed."""
     max_body_bytes: int = Field(1_000_000, ge=1)
+    body_timeout_s: float = Field(10.0, gt=0)
+    """A request whose body has not come by then is refused with 408."""
     max_in_flight: int = Field(256, ge=1)
     """Requests that one ingress replica works on; more are shed with 429."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs import demo
+from ray_jobs.config import ServeConfig
 from ray_jobs.errors import JobError
 from ray_jobs.http_checks import Check
 from ray_jobs.job import Report
@@ -26,10 +27,10 @@ def test_a_port_in_use_is_refused_with_the_way_out(tmp_path):
     refuse_taken_port(config)
 
 
-def test_too_little_memory_for_the_object_store_is_one_sentence(monkeypatch):
+def test_too_little_memory_for_the_object_store_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "available_bytes", lambda: 500_000_000)
     with pytest.raises(JobError, match=r"needs 4 GB of free memory.*this machine has 0\.5"):
-        demo.start_ray()
+        demo.start_ray(ServeConfig(), tmp_path)
 
 
 def test_a_model_that_loses_and_a_failed_check_both_count():

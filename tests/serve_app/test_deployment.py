@@ -200,6 +200,20 @@ def test_metrics_are_the_sum_of_all_replicas(url):
     assert read_metric(url, 'model_share{component="ranker",version="v1"}') == 1
 
 
+def test_agent_of_ray_hears_of_every_replica(url):
+    recommend(url, user_history=HISTORY)
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+    def find(name):
+        text = httpx.get(address, timeout=20).text
+        return re.findall(rf"^ray_nextitem_{name}(?=[ {{])(.*) .*$", text, re.MULTILINE)
+
+    wait_until(lambda: find("batch_size_count") and len(find("requests_in_flight")) == 2)
+    assert any('deployment="Ranker"' in labels for labels in find("batch_seconds_bucket"))
+    assert find("recommendations_total")
+
+
 def read_metric(url, name):
     text = httpx.get(f"{url}/metrics", timeout=20).text
     found = re.search(rf"^nextitem_{re.escape(name)} (.*)$", text, re.MULTILINE)
