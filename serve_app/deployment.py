@@ -203,7 +203,9 @@ def build(args: dict[str, Any]) -> Application:
         autoscaling_config={
             "min_replicas": settings.min_rankers,
             "max_replicas": max(settings.min_rankers, settings.max_rankers),
-            "target_ongoing_requests": settings.max_batch_size,
+            "target_ongoing_requests": settings.ranker_target_ongoing,
+            "upscale_delay_s": settings.ranker_upscale_delay_s,
+            "downscale_delay_s": settings.ranker_downscale_delay_s,
         },
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,

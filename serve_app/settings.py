@@ -80,6 +80,12 @@ class Settings(BaseModel):
     ingress_replicas: int = Field(1, ge=1)
     min_rankers: int = Field(1, ge=1)
     max_rankers: int = Field(1, ge=1)
+    ranker_target_ongoing: float = Field(16.0, gt=0)
+    """Requests that one ranker should have at hand; more of them ask for another ranker."""
+    ranker_upscale_delay_s: float = Field(5.0, ge=0)
+    """How long there must be more before one is started."""
+    ranker_downscale_delay_s: float = Field(300.0, ge=0)
+    """How long there must be fewer before one is stopped."""
     ranker_cpus: float = Field(1.0, ge=0)
     ranker_gpus: float = Field(0.0, ge=0)
 

@@ -1,0 +1,223 @@
+"""Faults under load: whatever breaks, each request gets a full list, and nobody is left without an
+answer. How late answers come is measured by `benchmarks.serving`, not here.
+"""
+
+import os
+import shutil
+import signal
+import sqlite3
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.load import Plan, RunningLoad
+from benchmarks.serving_app import Endpoint
+from recsys.registry import promote, roll_back
+from tests.redis_server import RedisServer
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+_RATE = 20
+# Of users and of histories, no two alike, so that no cache answers for the ranker.
+_BODIES = [{"user_history": [f"i{a}", f"i{b}"], "top_k": 10} for a in range(40) for b in range(40)]
+
+
+class Stage:
+    """An endpoint with its processes, which a test may end."""
+
+    def __init__(self, endpoint, registry, folder):
+        self.url = endpoint.url
+        self.registry = registry
+        self.folder = folder
+        self._root = psutil.Process(endpoint._process.pid)
+
+    def replicas(self, deployment):
+        """Processes of the replicas of a deployment, oldest first."""
+        found = [
+            process
+            for process in self._root.children(recursive=True)
+            if _is_replica(process, deployment)
+        ]
+        return sorted(found, key=lambda process: process.create_time())
+
+    def under_load(self, act, *, seconds=8.0, bodies=_BODIES, rate=_RATE):
+        """The account of every request that was due while `act` did its worst."""
+        plan = Plan(
+            f"{self.url}/v1/recommend",
+            bodies,
+            seconds=seconds,
+            rate=rate,
+            connections=128,
+            timeout_s=30.0,
+        )
+        with RunningLoad(plan) as load:
+            time.sleep(1.0)
+            act()
+            return load.wait()
+
+    def wait_for_model(self):
+        """Returns when lists come from the model again, on every try."""
+        end, in_a_row = time.monotonic() + 120, 0
+        number = 0
+        while in_a_row < 5:
+            assert time.monotonic() < end, "the model did not come back"
+            number += 1
+            body = {"user_history": [f"i{number % 40}", f"i{number // 40 % 40}"]}
+            answer = self.post("recommend", {**body, "timeout_ms": 2000}).json()
+            in_a_row = in_a_row + 1 if answer["source"] == "model" else 0
+            time.sleep(0.05)
+
+    def post(self, route, body):
+        return httpx.post(f"{self.url}/v1/{route}", json=body, timeout=60)
+
+
+def _is_replica(process, deployment):
+    try:
+        title = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return title.startswith("ray::ServeReplica") and f":{deployment}" in title
+
+
+def assert_no_page_was_empty(result):
+    assert result.sent >= 100
+    assert (result.non_2xx, result.short) == (0, 0), (result.figures(), result.failures)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def stage(registry, redis_server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage")
+    own_registry = folder / "registry"
+    shutil.copytree(registry, own_registry)
+    settings = {
+        "history_path": str(folder / "history.sqlite"),
+        "metrics_dir": str(folder / "metrics"),
+        "shared_cache": redis_server.url,
+        "registry_poll_s": 0.2,
+        "ingress_replicas": 2,
+        "ranker_cpus": 0.5,
+        "max_rankers": 2,
+        "ranker_target_ongoing": 1.0,
+        "ranker_upscale_delay_s": 1.0,
+        "ranker_downscale_delay_s": 2.0,
+    }
+    with Endpoint("haproxy", own_registry, **settings) as endpoint:
+        yield Stage(endpoint, own_registry, folder)
+
+
+def test_ranker_that_is_killed(stage):
+    def kill():
+        for process in stage.replicas("Ranker"):
+            process.kill()
+
+    result = stage.under_load(kill)
+    stage.wait_for_model()
+
+    assert_no_page_was_empty(result)
+    assert result.sources["covisited"] > 0
+
+
+def test_ranker_that_is_frozen(stage):
+    frozen = stage.replicas("Ranker")
+
+    def freeze():
+        for process in frozen:
+            process.send_signal(signal.SIGSTOP)
+        threading.Timer(3.0, thaw).start()
+
+    def thaw():
+        for process in frozen:
+            process.send_signal(signal.SIGCONT)
+
+    result = stage.under_load(freeze)
+    stage.wait_for_model()
+
+    assert_no_page_was_empty(result)
+    assert result.sources["covisited"] > 0
+
+
+def test_ingress_replica_that_is_killed(stage):
+    def kill():
+        stage.replicas("Ingress")[0].kill()
+
+    result = stage.under_load(kill)
+    stage.wait_for_model()
+
+    assert_no_page_was_empty(result)
+
+
+def test_shared_cache_that_is_killed(stage, redis_server):
+    result = stage.under_load(redis_server.kill)
+    redis_server.start()
+
+    assert_no_page_was_empty(result)
+    assert result.sources["model"] > 0
+
+
+def test_version_that_is_damaged_at_its_swap(stage):
+    def promote_damaged():
+        shutil.copytree(stage.registry / "v2", stage.registry / "v3")
+        os.truncate(stage.registry / "v3" / "model.safetensors", 100)
+        promote(stage.registry, "v3")
+
+    result = stage.under_load(promote_damaged)
+    roll_back(stage.registry)
+    answer = stage.post("recommend", {"user_history": ["i1"]}).json()
+
+    assert_no_page_was_empty(result)
+    assert answer["model_version"] == "v1"
+
+
+def test_version_that_takes_over_and_is_rolled_back(stage):
+    def swap():
+        promote(stage.registry, "v2")
+        threading.Timer(4.0, roll_back, (stage.registry,)).start()
+
+    result = stage.under_load(swap, seconds=10.0)
+
+    assert_no_page_was_empty(result)
+
+
+def test_histories_of_a_file_that_another_process_locks(stage):
+    def lock():
+        connection = sqlite3.connect(stage.folder / "history.sqlite", check_same_thread=False)
+        connection.execute("BEGIN EXCLUSIVE")
+        threading.Timer(3.0, connection.close).start()
+
+    bodies = [{"user_id": f"u{number}"} for number in range(100)]
+    result = stage.under_load(lock, bodies=bodies)
+
+    assert_no_page_was_empty(result)
+
+
+def test_rankers_that_come_and_go_with_the_load(stage):
+    seen = set()
+    is_over = threading.Event()
+
+    def watch():
+        while not is_over.wait(0.5):
+            seen.add(len(stage.replicas("Ranker")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        busy = stage.under_load(lambda: None, seconds=45.0, rate=150)
+        calm = stage.under_load(lambda: None, seconds=30.0, rate=5)
+    finally:
+        is_over.set()
+        watcher.join()
+
+    assert max(seen) == 2
+    assert len(stage.replicas("Ranker")) == 1
+    for result in (busy, calm):
+        assert_no_page_was_empty(result)
