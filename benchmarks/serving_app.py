@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -173,8 +174,6 @@ def serve_bare(registry: Path, stack: ExitStack) -> None:
     config = uvicorn.Config(app, host=_HOST, port=port, log_level="error", access_log=False)
     server = uvicorn.Server(config)
     stack.callback(setattr, server, "should_exit", True)
-    import threading
-
     threading.Thread(target=server.run, daemon=True).start()
     _wait_until_ready(f"http://{_HOST}:{port}")
     _answer(

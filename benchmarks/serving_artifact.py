@@ -1,5 +1,5 @@
-"""A published version with random weights, to serve under load: what it recommends is noise, what it
-costs is not.
+"""A published version with random weights, to serve under load: what it recommends is noise, what
+it costs is not.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 
+import ray
 from ray.util.state import list_actors
 
 from ray_jobs.config import ServeConfig
@@ -102,7 +103,9 @@ def find_haproxy() -> str | None:
 def is_fast() -> bool:
     """Whether HAProxy is on the way in to the Ray that this process is connected to."""
     filters = [("class_name", "=", "HAProxyManager"), ("state", "=", "ALIVE")]
-    return bool(list_actors(filters=filters))
+    # By its address, for a machine may have several.
+    address = ray.get_runtime_context().gcs_address
+    return bool(list_actors(address, filters=filters))
 
 
 def free_ports(host: str, count: int) -> list[int]:
