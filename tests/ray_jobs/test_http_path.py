@@ -51,6 +51,17 @@ def test_the_fast_way_is_the_default_and_takes_no_port_twice(tmp_path, haproxy):
     assert not {"8404", "9101", "8500"} & set(ports)
 
 
+def test_what_the_environment_sets_stays(tmp_path, haproxy, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "8404")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_NBTHREAD", "4")
+
+    environment = plan_http_path(ServeConfig(), tmp_path).environment
+
+    assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
+    assert environment["RAY_SERVE_HAPROXY_NBTHREAD"] == "4"
+    assert "8404" in Path(environment["RAY_SERVE_HAPROXY_BINARY_PATH"]).read_text()
+
+
 def test_sockets_and_files_lie_in_the_private_folder(tmp_path, haproxy):
     environment = plan_http_path(ServeConfig(), tmp_path).environment
 
