@@ -15,7 +15,7 @@ import httpx
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.materialize import history_folder
@@ -54,8 +54,10 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
         "registry": str(registry),
         "history_path": str(history.parent / "events.sqlite"),
         "deadline_ms": config.serve.deadline_ms,
+        "events_landing": config.storage.landing_uri,
+        **_history_arguments(config),
     }
-    if history.exists():
+    if history.exists() and config.serve.history == "sqlite":
         arguments["history_seed"] = str(history)
     return {
         "proxy_location": "HeadOnly",
@@ -69,6 +71,17 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _history_arguments(config: PipelineConfig) -> dict[str, str]:
+    chosen = config.serve
+    if chosen.history == "redis":
+        assert chosen.redis_url is not None
+        return {"history": "redis", "redis_url": chosen.redis_url}
+    if chosen.history == "feast":
+        assert chosen.feast_repo is not None
+        return {"history": "feast", "feast_repo": expand(chosen.feast_repo)}
+    return {}
 
 
 def _dashboard_url() -> str:

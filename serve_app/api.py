@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from recsys.filters import FilterError
-from serve_app.history import LoggedEvent
+from serve_app.event_log import LoggedEvent
+from serve_app.intake import Intake
 from serve_app.keys import KeyCheck
 from serve_app.middleware import Gate
 from serve_app.problems import (
@@ -53,6 +54,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         422: "A field does not fit; `fields` says which.",
         429: "Too many requests at once; see Retry-After.",
+        503: "Not now; see Retry-After.",
     }.items()
 }
 UserId = Annotated[str, Path(min_length=1, max_length=128)]
@@ -60,12 +62,13 @@ UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
 def create_app(
     recommender: Recommender,
+    intake: Intake,
     settings: Settings,
     *,
     echo_request_id: bool = True,
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
-    """The whole HTTP contract; closing the app closes the history.
+    """The whole HTTP contract; closing the app closes the intake, and the history with it.
 
     Args:
         echo_request_id: False where the server sends X-Request-ID back by itself.
@@ -73,8 +76,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        intake.start()
         yield
-        await recommender.history.close()
+        await intake.close()
 
     app = FastAPI(
         title="nextitem",
@@ -91,7 +95,7 @@ def create_app(
         echo_request_id=echo_request_id,
     )
     app.include_router(_recommend_routes(recommender, settings))
-    app.include_router(_event_routes(recommender, settings, now))
+    app.include_router(_event_routes(recommender, intake, settings, now))
     app.include_router(_health_routes(recommender))
     return app
 
@@ -136,7 +140,7 @@ async def _recommend_one(
 
 
 def _event_routes(
-    recommender: Recommender, settings: Settings, now: Callable[[], float]
+    recommender: Recommender, intake: Intake, settings: Settings, now: Callable[[], float]
 ) -> APIRouter:
     routes = APIRouter(tags=["events"])
     read, write, admin = (
@@ -148,7 +152,7 @@ def _event_routes(
         """Up to a thousand events. What is accepted is on disk and counts from the next request."""
         checked = [_check_event(event, now()) for event in request.events]
         valid = [event for event in checked if isinstance(event, LoggedEvent)]
-        is_new = iter(await recommender.history.append(valid))
+        is_new = iter(await intake.accept(valid))
         results = [
             event
             if isinstance(event, EventResult)
@@ -189,7 +193,7 @@ def _event_routes(
     @routes.delete("/v1/users/{user_id:path}/history", dependencies=admin)
     async def erase_history(user_id: UserId) -> ErasedResponse:
         """Forgets all events of a user."""
-        erased = await recommender.history.erase(user_id)
+        erased = await intake.erase(user_id)
         return ErasedResponse(user_id=user_id, erased_events=erased)
 
     return routes
@@ -203,7 +207,7 @@ def _health_routes(recommender: Recommender) -> APIRouter:
         """This process runs."""
         return {"status": "ok"}
 
-    @routes.get("/health/ready", responses={503: _PROBLEMS[429] | {"description": "Not warm yet."}})
+    @routes.get("/health/ready", responses={503: _PROBLEMS[503] | {"description": "Not warm yet."}})
     async def ready() -> dict[str, str]:
         """The ranker has been warm once; from then on this process can always answer."""
         if not await recommender.is_ready():

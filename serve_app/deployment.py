@@ -23,9 +23,9 @@ from recsys.ranker import Backend, RankedList, Ranker, RankerInfo, SimilarQuery
 from recsys.registry import serving_version
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
-from serve_app.history import SqliteHistory
+from serve_app.history_stores.seeds import find_seed, load_seed
+from serve_app.intake import open_intake
 from serve_app.recommender import Model, Recommender
-from serve_app.seeds import find_seed, load_seed
 from serve_app.settings import Settings
 
 
@@ -97,15 +97,15 @@ class Ingress:
 
     def __init__(self, folder: Path, settings: Settings, ranker: DeploymentHandle) -> None:
         model = Model.of(load_artifact(folder))
-        history = SqliteHistory(settings.history_path)
+        self._intake = open_intake(settings)
         seed = find_seed(settings.history_seed, folder)
         if seed is not None:
-            load_seed(history, seed)
+            load_seed(self._intake.history, seed)
         self._settings = settings
-        self._recommender = Recommender(model, history, ServeRanker(ranker), settings)
+        self._recommender = Recommender(model, self._intake.history, ServeRanker(ranker), settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._recommender, self._settings, echo_request_id=False)
+        return create_app(self._recommender, self._intake, self._settings, echo_request_id=False)
 
 
 def build(args: dict[str, Any]) -> Application:

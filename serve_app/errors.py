@@ -1,8 +1,10 @@
 """What can go wrong in serving, beside what the library raises.
 
 ServeError
-├── SettingsError            a setting is missing or does not fit
-└── RankerUnavailableError   the ranker is dead, saturated or too slow; the next rung answers
+├── SettingsError             a setting is missing or does not fit
+├── RankerUnavailableError    the ranker is dead, saturated or too slow; the next rung answers
+├── HistoryUnavailableError   the history store is, too; the caller goes on without histories
+└── EventsUnavailableError    events cannot be made durable now; the shop has to send them again
 """
 
 
@@ -16,3 +18,11 @@ class SettingsError(ServeError):
 
 class RankerUnavailableError(ServeError):
     """No answer of the ranker is to be had."""
+
+
+class HistoryUnavailableError(ServeError):
+    """No answer of the history store is to be had in time."""
+
+
+class EventsUnavailableError(ServeError):
+    """The event log takes nothing in: its file is locked, its disk is full or broken."""

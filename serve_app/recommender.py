@@ -26,7 +26,7 @@ from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from serve_app.breaker import CircuitBreaker
 from serve_app.cache import AnswerCache
 from serve_app.errors import RankerUnavailableError
-from serve_app.history import HistoryStore
+from serve_app.history_stores.store import HistoryStore
 from serve_app.ladder import Candidate, Ladder
 from serve_app.metrics import Metrics
 from serve_app.schemas import (
