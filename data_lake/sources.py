@@ -76,6 +76,8 @@ class IngestConfig(BaseModel):
     again: bool = False
     """Reads files that were ingested before, say after a correction of `columns`; events whose id
     is in the lake still stay once."""
+    keep_landed_hours: float = Field(24, ge=0)
+    """Files of served events are deleted so long after they landed, once they are in the lake."""
     context: tuple[str, ...] = ()
     """Text columns of the shop's own that events carry, e.g. region; new ones are added to a table
     that is there, and are null in its earlier events."""

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -79,6 +80,11 @@ class StorageConfig(Section):
     @property
     def lake_uri(self) -> str:
         return expand(self.lake) if self.lake else f"{expand(self.root)}/lake"
+
+    @property
+    def landing_uri(self) -> str:
+        """Where serving ships its events to."""
+        return f"{expand(self.root)}/landing"
 
     def checkpoints_uri(self, run: str) -> str:
         """Where the checkpoints of a run lie."""
@@ -212,6 +218,25 @@ class ServeConfig(Section):
     was started with one or the other, see `cluster/serve.env`."""
     deadline_ms: int = Field(70, ge=1)
     """A request that the model has not answered by then is answered by the next rung."""
+    redis_url: str | None = None
+    """Of the Redis that holds histories; "$NAME" of an environment variable keeps a password out of
+    files and dashboards, and must then be set where the endpoint runs."""
+    feast_repo: str | None = None
+    """Folder of a Feast repository, e.g. cluster/feast."""
+    history: Literal["sqlite", "redis", "feast"] = "sqlite"
+    """Where histories are: in a file of one machine, or in a store that several share."""
+
+    @field_serializer("redis_url", when_used="json")
+    def _without_password(self, url: str | None) -> str | None:
+        return None if url is None else re.sub("//.*@", "//***@", url)
+
+    @field_validator("history")
+    @classmethod
+    def _has_its_address(cls, history: str, info: ValidationInfo) -> str:
+        needed = {"redis": "redis_url", "feast": "feast_repo"}.get(history)
+        if needed is not None and info.data.get(needed, "") is None:
+            raise ValueError(f"{history} needs serve.{needed}")
+        return history
 
 
 class MaintainConfig(Section):

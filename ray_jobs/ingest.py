@@ -3,7 +3,8 @@
     python -m ray_jobs.ingest --config ml-1m
 
 Safe to run again: a file whose bytes were ingested before is skipped, an event is taken once, and
-events are committed together at the end of a run or not at all. Two runs at a time both land: the
+events are committed together at the end of a run or not at all. What serving has shipped to
+`<storage root>/landing` is read too, without being configured. Two runs at a time both land: the
 slower one leaves out what the other has brought. Rows that cannot be read go to the table
 `quarantine`, each with its reason.
 """
@@ -12,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +24,7 @@ from deltalake import DeltaTable
 from data_lake.errors import ConflictError, SourceError
 from data_lake.exchange import Files, MergeReport, drop_known
 from data_lake.ingest import PartReport, PartTask, SourceFile, Target, load_rows, look_at
+from data_lake.landing import delete_landed, has_landed, landing_source
 from data_lake.normalise import check_mapped
 from data_lake.schemas import (
     PARTITION,
@@ -83,6 +86,7 @@ def run(config: PipelineConfig) -> Report:
     if new.files:
         with timed("events"):
             figures |= _ingest_events(new)
+    figures |= _delete_landed(config, inputs["events"], new)
     figures["events_version"] = new.table.version()
     figures["seconds"] = time.perf_counter() - started
     if not new.files:
@@ -289,7 +293,11 @@ def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
     schema, required = _schema(config, kind)
     options = config.storage.options
     found = []
-    for source in getattr(config.ingest, kind):
+    sources = list(getattr(config.ingest, kind))
+    landing = config.storage.landing_uri
+    if kind == "events" and has_landed(landing, options):
+        sources.append(landing_source(landing))
+    for source in sources:
         check_mapped(source, schema, required)
         found += [(source, path) for path in list_files(source, expand(source.path), options)]
     look = ray.remote(look_at)
@@ -306,6 +314,22 @@ def _only_new(events: Input) -> Input:
         return events.again or not has_transaction(events.table, file.transaction("events")[0])
 
     return replace(events, files=[file for file in events.files if is_new(file)])
+
+
+def _delete_landed(config: PipelineConfig, found: Input, new: Input) -> dict[str, int]:
+    """Deletes files of served events that earlier runs have brought into the lake."""
+    landing = config.storage.landing_uri
+    fresh = {file.digest for file in new.files}
+    known = [
+        file.path
+        for file in found.files
+        if file.source.path == landing and file.digest not in fresh
+    ]
+    if not known:
+        return {}
+    before = datetime.now(UTC) - timedelta(hours=config.ingest.keep_landed_hours)
+    num_deleted = delete_landed(landing, known, before, config.storage.options)
+    return {"landed_files_deleted": num_deleted}
 
 
 def _refuse_empty(given: Input, num_read: int) -> None:

@@ -1,18 +1,24 @@
-"""Hands the most recent events of every user to serving, as Parquet files that its history store
-loads before it is ready.
+"""Hands the most recent events of every user to serving, as Parquet files that an ingress with a
+SQLite history loads before it is ready, and that are loaded into Redis or Feast from here.
 
-    python -m ray_jobs.materialize --config synthetic
+    python -m ray_jobs.materialize --config synthetic --set serve.history=redis \\
+        --set serve.redis_url=redis://127.0.0.1:6379
 
-Writes `<storage root>/history/v<version of sequences>-last<events>/`, complete or not at all.
+Writes `<storage root>/history/v<version of sequences>-last<events>/`, complete or not at all. A
+file that a store has loaded before is not loaded again.
 """
 
+import asyncio
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 
 from data_lake.parquet import read_files
@@ -21,6 +27,8 @@ from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.sequences_reader import open_sequences
+from serve_app.history_stores.opening import open_store, resolve_url
+from serve_app.history_stores.seeds import load_seed
 
 _LISTS = ("item_ids", "event_types", "timestamps", "devices")
 
@@ -32,9 +40,10 @@ def run(config: PipelineConfig) -> Report:
     if not target.exists():
         _write(config, files_by_bucket(sequences), target)
     users = sum(pq.read_metadata(file).num_rows for file in target.glob("*.parquet"))
-    return Report(
-        "materialize", f"history of {users:,} users", {"users": users, "path": str(target)}
-    )
+    figures: dict[str, Any] = {"users": users, "path": str(target)}
+    if config.serve.history != "sqlite":
+        figures["users_loaded"] = _load(config, sorted(target.glob("*.parquet")))
+    return Report("materialize", f"history of {users:,} users", figures)
 
 
 def history_folder(config: PipelineConfig, sequences_version: int) -> Path:
@@ -61,6 +70,29 @@ def recent_events(sequences: pa.Table, limit: int) -> pa.Table:
         for name in _LISTS
     }
     return pa.table({"user_id": sequences["user_id"], "segment": sequences["segment"], **lists})
+
+
+def _load(config: PipelineConfig, files: Sequence[Path]) -> int:
+    """Loads files into the online store, a task each; returns the number of users."""
+    chosen = config.serve
+    address = {
+        "kind": chosen.history,
+        "redis_url": resolve_url(chosen.redis_url),
+        "feast_repo": None if chosen.feast_repo is None else Path(expand(chosen.feast_repo)),
+    }
+    load = ray.remote(_load_file)
+    # The first one alone: it may have to create the tables of a new store.
+    first, *rest = files
+    num_loaded: int = ray.get(load.remote(first, address))
+    return num_loaded + sum(ray.get([load.remote(file, address) for file in rest]))
+
+
+def _load_file(file: Path, address: dict[str, Any]) -> int:
+    store = open_store(**address)
+    try:
+        return load_seed(store, file)
+    finally:
+        asyncio.run(store.close())
 
 
 def _write(config: PipelineConfig, files: dict[int, list[str]], target: Path) -> None:

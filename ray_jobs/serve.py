@@ -15,7 +15,7 @@ import httpx
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.http_path import is_fast
 from ray_jobs.job import Report, main
@@ -60,8 +60,10 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
         "registry": str(registry),
         "history_path": str(history.parent / "events.sqlite"),
         "deadline_ms": config.serve.deadline_ms,
+        "events_landing": config.storage.landing_uri,
+        **_history_arguments(config),
     }
-    if history.exists():
+    if history.exists() and config.serve.history == "sqlite":
         arguments["history_seed"] = str(history)
     return {
         "proxy_location": "HeadOnly",
@@ -86,6 +88,17 @@ def _http_path(config: PipelineConfig) -> str:
     if config.serve.http == "proxy":
         return "proxy"
     return "proxy, the slow one: this Ray was started without the variables of cluster/serve.env"
+
+
+def _history_arguments(config: PipelineConfig) -> dict[str, str]:
+    chosen = config.serve
+    if chosen.history == "redis":
+        assert chosen.redis_url is not None
+        return {"history": "redis", "redis_url": chosen.redis_url}
+    if chosen.history == "feast":
+        assert chosen.feast_repo is not None
+        return {"history": "feast", "feast_repo": expand(chosen.feast_repo)}
+    return {}
 
 
 def _dashboard_url() -> str:

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 
 from recsys.filters import FilterError
 from serve_app.bodies import JsonRoute
-from serve_app.history import LoggedEvent
+from serve_app.event_log import LoggedEvent
+from serve_app.intake import Intake
 from serve_app.keys import KeyCheck
 from serve_app.middleware import Gate
 from serve_app.problems import (
@@ -77,18 +78,20 @@ _WITH_BODY = _problems(
         415: "The body is not sent as application/json.",
     }
 )
+_WITH_STORE = _problems({503: "Not now; see Retry-After."})
 API_VERSION = "1"
 UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
 
 def create_app(
     recommender: Recommender,
+    intake: Intake,
     settings: Settings,
     *,
     echo_request_id: bool = True,
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
-    """The whole HTTP contract; closing the app closes the history.
+    """The whole HTTP contract; closing the app closes the intake, and the history with it.
 
     Args:
         echo_request_id: False where the server sends X-Request-ID back by itself.
@@ -96,9 +99,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        intake.start()
         yield
         await recommender.close()
-        await recommender.history.close()
+        await intake.close()
 
     app = FastAPI(
         title="nextitem",
@@ -115,7 +119,7 @@ def create_app(
         echo_request_id=echo_request_id,
     )
     app.include_router(_recommend_routes(recommender, settings))
-    app.include_router(_event_routes(recommender, settings, now))
+    app.include_router(_event_routes(recommender, intake, settings, now))
     app.include_router(_health_routes(recommender))
     return app
 
@@ -167,9 +171,9 @@ async def _recommend_one(
 
 
 def _event_routes(
-    recommender: Recommender, settings: Settings, now: Callable[[], float]
+    recommender: Recommender, intake: Intake, settings: Settings, now: Callable[[], float]
 ) -> APIRouter:
-    routes = APIRouter(tags=["events"], route_class=JsonRoute, responses=_WITH_KEY)
+    routes = APIRouter(tags=["events"], route_class=JsonRoute, responses=_WITH_KEY | _WITH_STORE)
     read, write, admin = (
         [Depends(KeyCheck(settings.api_keys, scope))] for scope in ("read", "write", "admin")
     )
@@ -179,7 +183,7 @@ def _event_routes(
         """Up to a thousand events. What is accepted is on disk and counts from the next request."""
         checked = [_check_event(event, now()) for event in request.events]
         valid = [event for event in checked if isinstance(event, LoggedEvent)]
-        is_new = iter(await recommender.history.append(valid))
+        is_new = iter(await intake.accept(valid))
         results = [
             event
             if isinstance(event, EventResult)
@@ -220,7 +224,7 @@ def _event_routes(
     @routes.delete("/v1/users/{user_id:path}/history", dependencies=admin)
     async def erase_history(user_id: UserId) -> ErasedResponse:
         """Forgets all events of a user."""
-        erased = await recommender.history.erase(user_id)
+        erased = await intake.erase(user_id)
         return ErasedResponse(user_id=user_id, erased_events=erased)
 
     return routes

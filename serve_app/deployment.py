@@ -28,11 +28,11 @@ from recsys.registry import read_serving
 from serve_app.api import create_app
 from serve_app.errors import RankerSaturatedError, RankerUnavailableError
 from serve_app.exposures import open_exposures
-from serve_app.history import SqliteHistory
+from serve_app.history_stores.seeds import find_seed, load_seed
+from serve_app.intake import open_intake
 from serve_app.metrics import MULTIPROCESS_DIR, Metrics
 from serve_app.model import Model
 from serve_app.recommender import Recommender
-from serve_app.seeds import find_seed, load_seed
 from serve_app.settings import Settings
 from serve_app.shared_cache import open_shared_cache
 from serve_app.versions import Versions
@@ -151,15 +151,15 @@ class Ingress:
             on_change=metrics.serve,
             on_failure=lambda version: metrics.model_failures.labels("ingress").inc(),
         )
-        history = SqliteHistory(settings.history_path)
+        self._intake = open_intake(settings)
         seed = find_seed(settings.history_seed, settings.registry / versions.serving.champion)
         if seed is not None:
-            load_seed(history, seed)
+            load_seed(self._intake.history, seed)
         versions.watch(settings.registry_poll_s)
         self._settings = settings
         self._recommender = Recommender(
             versions,
-            history,
+            self._intake.history,
             ServeRanker(ranker),
             settings,
             metrics,
@@ -168,7 +168,7 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._recommender, self._settings, echo_request_id=False)
+        return create_app(self._recommender, self._intake, self._settings, echo_request_id=False)
 
 
 def _load_model(folder: Path, metrics: Metrics) -> Model:

@@ -1,10 +1,11 @@
 """What can go wrong in serving, beside what the library raises.
 
 ServeError
-├── SettingsError            a setting is missing or does not fit
-├── HistoryUnavailableError  the history store does not answer; the request goes on without it
-└── RankerUnavailableError   the ranker is dead, saturated or too slow; the next rung answers
-    └── RankerSaturatedError     it has more to do than it can, which is no sickness
+├── SettingsError             a setting is missing or does not fit
+├── RankerUnavailableError    the ranker is dead, saturated or too slow; the next rung answers
+│   └── RankerSaturatedError  it has more to do than it can, which is no sickness
+├── HistoryUnavailableError   the history store is, too; the caller goes on without histories
+└── EventsUnavailableError    events cannot be made durable now; the shop has to send them again
 """
 
 
@@ -25,4 +26,8 @@ class RankerSaturatedError(RankerUnavailableError):
 
 
 class HistoryUnavailableError(ServeError):
-    """The history of a visitor is not to be had now."""
+    """No answer of the history store is to be had in time."""
+
+
+class EventsUnavailableError(ServeError):
+    """The event log takes nothing in: its file is locked, its disk is full or broken."""

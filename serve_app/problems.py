@@ -2,6 +2,7 @@
 at fault.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -13,8 +14,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from recsys.filters import FilterError
+from serve_app.errors import EventsUnavailableError, HistoryUnavailableError
 from serve_app.schemas import FieldFault, Problem
 
+log = logging.getLogger(__name__)
+
+_UNAVAILABLE = "What the request needs cannot be written or read now; send it again."
 MEDIA_TYPE = "application/problem+json"
 _CODES = {
     400: "malformed_body",
@@ -80,6 +85,8 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(FilterError, _on_filter)
+    for error in (EventsUnavailableError, HistoryUnavailableError):
+        app.add_exception_handler(error, _on_unavailable)
 
 
 def request_id_of(request: Request) -> str:
@@ -97,6 +104,13 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = make_problem(error.status_code, str(error.detail), request_id_of(request))
     return problem_response(problem, error.headers)
+
+
+async def _on_unavailable(request: Request, error: Exception) -> Response:
+    # What the error says is for the operator.
+    log.warning("Request %s: %s", request_id_of(request), error)
+    problem = make_problem(503, _UNAVAILABLE, request_id_of(request), code="unavailable")
+    return problem_response(problem, {"Retry-After": "1"})
 
 
 async def _on_filter(request: Request, error: Exception) -> Response:

@@ -18,9 +18,10 @@ from recsys.queries import Event, Query, RequestContext
 from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from recsys.registry import Serving
 from serve_app.errors import HistoryUnavailableError
+from serve_app.event_log import Owner
 from serve_app.exposures import Exposure, ExposureLog
 from serve_app.guarded_ranker import GuardedRanker, RankerClient
-from serve_app.history import HistoryStore, Owner
+from serve_app.history_stores.store import HistoryStore
 from serve_app.ladder import Candidate
 from serve_app.metrics import Metrics
 from serve_app.model import Model

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Json,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from serve_app.errors import SettingsError
 
@@ -19,6 +29,7 @@ ApiKeys = dict[Sha256, tuple[Scope, ...]]
 """Scopes by the SHA-256 of a key, in hex."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
 """Replicas of Serve have working directories of their own."""
+HistoryKind = Literal["sqlite", "redis", "feast"]
 
 
 class Settings(BaseModel):
@@ -34,7 +45,28 @@ class Settings(BaseModel):
     """How often each process looks whether the registry has changed."""
 
     history_path: AbsolutePath = Field(Path("~/nextitem/history.sqlite"), validate_default=True)
-    """SQLite file of events; it grows by one row an event."""
+    """SQLite file of the event log, on a disk of this machine; it grows by one row an event."""
+    events_timeout_ms: int = Field(2000, ge=1)
+    """After this time without a durable write `POST /v1/events` answers 503."""
+    events_landing: str | None = None
+    """Folder or `s3://` URI from which `ray_jobs.ingest` takes served events; None: they stay."""
+    ship_every_s: float = Field(30.0, gt=0)
+    ship_rows: int = Field(50_000, ge=1)
+    """Events that wait are shipped earlier when there are so many; also the most in one file."""
+    log_keep_days: float = Field(30.0, gt=0)
+    """Shipped events stay in the log for so long. With SQLite histories a visit is forgotten then,
+    unless it has come back with a seed."""
+
+    redis_url: SecretStr | None = None
+    """`redis://`, `rediss://` or `unix://`, or "$NAME" of an environment variable that holds it."""
+    feast_repo: AbsolutePath | None = None
+    """Folder of `feature_store.yaml`."""
+    history: HistoryKind = "sqlite"
+    """Where histories are read; redis and feast serve several machines."""
+    history_timeout_ms: int = Field(30, ge=1)
+    """After this time a request is answered without the visitor's history."""
+    history_keep_days: float = Field(90.0, gt=0)
+    """Redis forgets a visitor so long after the last event."""
     history_seed: AbsolutePath | None = None
     """Parquet file or folder of histories that the lake knows; `history_seed` in the artifact
     unless set.
@@ -89,6 +121,20 @@ class Settings(BaseModel):
     ranker_cpus: float = Field(1.0, ge=0)
     ranker_gpus: float = Field(0.0, ge=0)
 
+    @field_validator("redis_url")
+    @classmethod
+    def _from_variable(cls, url: SecretStr | None) -> SecretStr | None:
+        return None if url is None else SecretStr(from_variable(url.get_secret_value()))
+
+    @field_validator("history")
+    @classmethod
+    def _has_its_address(cls, history: HistoryKind, info: ValidationInfo) -> HistoryKind:
+        needed = {"redis": "redis_url", "feast": "feast_repo"}.get(history)
+        # A value that does not fit is missing here, and is told for itself.
+        if needed is not None and info.data.get(needed, "") is None:
+            raise ValueError(f"{history} needs {needed}")
+        return history
+
     @classmethod
     def from_environment(
         cls, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None
@@ -112,3 +158,12 @@ class Settings(BaseModel):
                 for fault in error.errors(include_input=False)
             }
             raise SettingsError(f"These settings do not fit: {'; '.join(sorted(wrong))}.") from None
+
+
+def from_variable(value: str) -> str:
+    """The value, or, of "$NAME", that of an environment variable. Raises: ValueError."""
+    if not value.startswith("$"):
+        return value
+    if value[1:] not in os.environ:
+        raise ValueError(f"the environment variable {value[1:]} is not set")
+    return os.environ[value[1:]]

@@ -15,15 +15,19 @@ FORBIDDEN = {
     "ray_jobs": {"serve_app", "fastapi"},
     "serve_app": {"ray_jobs", "data_lake", "deltalake"},
 }
+SHARED = {"ray_jobs": "serve_app.history_stores"}
+"""The one thing beside the artifact that the shells share: the job that fills an online store and
+the ingress that reads it must agree on its keys, to the letter."""
 
 
-def _imported(path):
+def _imported(path, shared=""):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            yield node.module.split(".")[0]
+            if not (shared and f"{node.module}.".startswith(f"{shared}.")):
+                yield node.module.split(".")[0]
 
 
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))
@@ -33,7 +37,7 @@ def test_imports_go_one_way(package):
     wrong = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files
-        for name in set(_imported(path)) & FORBIDDEN[package]
+        for name in set(_imported(path, SHARED.get(package))) & FORBIDDEN[package]
     }
     assert not wrong
 
@@ -44,8 +48,9 @@ def test_only_the_pictures_of_the_report_need_matplotlib():
     assert users == ["plots.py"]
 
 
-def test_cluster_holds_no_python():
-    assert not list((ROOT / "cluster").rglob("*.py"))
+def test_cluster_holds_no_python_but_what_feast_looks_for():
+    files = (ROOT / "cluster").rglob("*.py")
+    assert [str(path.relative_to(ROOT)) for path in files] == ["cluster/feast/views.py"]
 
 
 @pytest.mark.parametrize("package", sorted(OURS))

@@ -8,7 +8,7 @@ from recsys.artifact import load_artifact
 from recsys.ranker import Ranker
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
-from serve_app.history import SqliteHistory
+from serve_app.intake import open_intake
 from serve_app.model import Model
 from serve_app.recommender import Recommender
 from serve_app.settings import Settings
@@ -76,13 +76,14 @@ class ShopFront:
         )
         artifact = load_artifact(registry / version)
         self.ranker = FakeRanker(artifact)
-        self.history = SqliteHistory(self.settings.history_path)
+        self.intake = open_intake(self.settings)
+        self.history = self.intake.history
         self.now_s = NOW_S
         self.versions = Versions(registry, Model.load, pinned=version)
         self.recommender = Recommender(
             self.versions, self.history, self.ranker, self.settings, now=lambda: self.now_s
         )
-        self.app = create_app(self.recommender, self.settings, now=lambda: self.now_s)
+        self.app = create_app(self.recommender, self.intake, self.settings, now=lambda: self.now_s)
         self.client = Client(self.app)
 
     def recommend(self, **body):
@@ -107,14 +108,16 @@ def open_front(registry, tmp_path):
     opened = []
 
     def open_with(**settings):
-        front = ShopFront(registry, tmp_path, **{"deadline_ms": 2000, **settings})
+        front = ShopFront(
+            registry, tmp_path, **{"deadline_ms": 2000, "history_timeout_ms": 2000, **settings}
+        )
         opened.append(front)
         return front
 
     yield open_with
     for front in opened:
+        front.client.runner.run(front.intake.close())
         front.client.runner.close()
-        front.history.close_now()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Columns: `user_id`, and lists of equal length, oldest first: `item_ids`, `event_
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from recsys.artifact import sha256_of
 from serve_app.errors import SettingsError
-from serve_app.history import SeedRow, SqliteHistory
+from serve_app.history_stores.store import HistoryStore, SeedRow
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def find_seed(configured: Path | None, artifact: Path) -> Path | None:
     return next((path for path in inside if path.exists()), None)
 
 
-def load_seed(history: SqliteHistory, seed: Path) -> int:
+def load_seed(history: HistoryStore, seed: Path) -> int:
     """Loads a seed unless the same bytes were loaded before; returns the number of users.
 
     Raises: SettingsError when there is no Parquet file, or one lacks a column.
@@ -43,12 +43,13 @@ def load_seed(history: SqliteHistory, seed: Path) -> int:
     if not files:
         raise SettingsError(f"history_seed {seed} holds no Parquet file; write it or unset it.")
     version = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
-    num_users = history.load_once(version, lambda: _read_rows(files))
+    num_users = history.load_once(version, lambda: read_rows(files))
     log.info("history seed %s: %d users loaded", seed, num_users)
     return num_users
 
 
-def _read_rows(files: list[Path]) -> Iterator[SeedRow]:
+def read_rows(files: Sequence[Path]) -> Iterator[SeedRow]:
+    """The rows of Parquet files. Raises: SettingsError when one lacks a column."""
     for path in files:
         with pq.ParquetFile(path) as file:
             missing = sorted(set(_COLUMNS) - set(file.schema_arrow.names))

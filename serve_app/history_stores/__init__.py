@@ -1,0 +1,4 @@
+"""What visitors did lately, in one of three stores that keep the same promises (`store.py`).
+
+Shared by the ingress, which reads and pushes, and by the job that fills a store from the lake.
+"""
