@@ -29,7 +29,7 @@ class Stage:
     """An endpoint with its processes, which a test may end."""
 
     def __init__(self, endpoint, registry, folder):
-        self.url = endpoint.url
+        self.url = endpoint.url.removesuffix("/v1/recommend")
         self.registry = registry
         self.folder = folder
         self._root = psutil.Process(endpoint._process.pid)
@@ -66,8 +66,9 @@ class Stage:
             assert time.monotonic() < end, "the model did not come back"
             number += 1
             body = {"user_history": [f"i{number % 40}", f"i{number // 40 % 40}"]}
-            answer = self.post("recommend", {**body, "timeout_ms": 2000}).json()
-            in_a_row = in_a_row + 1 if answer["source"] == "model" else 0
+            answer = self.post("recommend", {**body, "timeout_ms": 2000})
+            assert answer.status_code == 200, answer.text
+            in_a_row = in_a_row + 1 if answer.json()["source"] == "model" else 0
             time.sleep(0.05)
 
     def post(self, route, body):
