@@ -2,12 +2,16 @@
 answer. How late answers come is measured by `benchmarks.serving`, not here.
 """
 
+import json
 import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -222,3 +226,39 @@ def test_rankers_that_come_and_go_with_the_load(stage):
     assert len(stage.replicas("Ranker")) == 1
     for result in (busy, calm):
         assert_no_page_was_empty(result)
+
+
+def test_node_that_is_lost(registry, tmp_path):
+    # Ray tells a lot on standard error.
+    with (tmp_path / "stderr").open("w") as errors:
+        nodes = subprocess.Popen(
+            [sys.executable, "-m", "tests.serve_app.two_nodes", str(registry), str(tmp_path)],
+            cwd=Path(__file__).parents[2],
+            env={name: text for name, text in os.environ.items() if "RAY_SERVE" not in name},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    with nodes:
+        found = read_answer(nodes)
+        assert found["nodes"] == [["Ingress", "Ranker"]] * 2
+        plan = Plan(
+            f"{found['url']}/v1/recommend", _BODIES, seconds=15.0, rate=_RATE, connections=128
+        )
+        with RunningLoad(plan) as load:
+            time.sleep(2.0)
+            print("kill", file=nodes.stdin, flush=True)
+            result = load.wait()
+        assert read_answer(nodes) == {"killed": True}
+        answer = httpx.post(plan.url, json=_BODIES[0] | {"timeout_ms": 5000}, timeout=30).json()
+        nodes.stdin.close()
+        nodes.wait(60)
+
+    assert_no_page_was_empty(result)
+    assert answer["source"] == "model"
+
+
+def read_answer(process):
+    line = next(line for line in process.stdout if line.startswith("{"))
+    return json.loads(line)
