@@ -8,7 +8,7 @@ from recsys.artifact import load_artifact
 from recsys.ranker import Ranker
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
-from serve_app.history import SqliteHistory
+from serve_app.intake import open_intake
 from serve_app.recommender import Model, Recommender
 from serve_app.settings import Settings
 
@@ -70,16 +70,19 @@ class ShopFront:
 
     def __init__(self, registry, tmp_path, version="v1", **settings):
         self.settings = Settings(
-            registry=registry, history_path=tmp_path / "history.sqlite", **settings
+            registry=registry,
+            history_path=tmp_path / "history.sqlite",
+            **{"history_timeout_ms": 2000, **settings},
         )
         artifact = load_artifact(registry / version)
         self.ranker = FakeRanker(artifact)
-        self.history = SqliteHistory(self.settings.history_path)
+        self.intake = open_intake(self.settings)
+        self.history = self.intake.history
         self.now_s = NOW_S
         self.recommender = Recommender(
             Model.of(artifact), self.history, self.ranker, self.settings, now=lambda: self.now_s
         )
-        self.app = create_app(self.recommender, self.settings, now=lambda: self.now_s)
+        self.app = create_app(self.recommender, self.intake, self.settings, now=lambda: self.now_s)
         self.client = Client(self.app)
 
     def recommend(self, **body):
@@ -110,8 +113,8 @@ def open_front(registry, tmp_path):
 
     yield open_with
     for front in opened:
+        front.client.runner.run(front.intake.close())
         front.client.runner.close()
-        front.history.close_now()
 
 
 @pytest.fixture

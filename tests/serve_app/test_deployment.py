@@ -168,7 +168,7 @@ def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
 
     ingress = Ingress(registry / "v1", settings, None)
     events = asyncio.run(ingress._recommender.history.recent("user_id", "u9", 50))
-    ingress._recommender.history.close_now()
+    asyncio.run(ingress._intake.close())
 
     assert [event.item_id for event in events] == ["i1", "i2"]
     assert ingress.__serve_build_asgi_app__().title == "nextitem"
