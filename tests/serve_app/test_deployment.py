@@ -34,12 +34,24 @@ def task_error(cause):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, registry, tmp_path_factory):
+def landing(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve") / "landing"
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, registry, landing):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    history_path = tmp_path_factory.mktemp("serve") / "history.sqlite"
     serve.run(
-        build({"registry": str(registry), "history_path": str(history_path), "ranker_cpus": 0.5}),
+        build(
+            {
+                "registry": str(registry),
+                "history_path": str(landing.parent / "history.sqlite"),
+                "events_landing": str(landing),
+                "ship_every_s": 0.2,
+                "ranker_cpus": 0.5,
+            }
+        ),
         name="nextitem",
     )
     url = f"http://127.0.0.1:{port}"
@@ -83,6 +95,17 @@ def test_event_changes_the_next_list(url):
 
     assert (first["source"], second["source"]) == ("model", "model")
     assert ids(first)[0] not in ids(second)
+
+
+def test_events_leave_for_the_lake_by_themselves(url, landing):
+    event = {"event_id": "shipped", "user_id": "u2", "item_id": "i1", "timestamp": time.time()}
+    assert httpx.post(f"{url}/v1/events", json={"events": [event]}).status_code == 202
+
+    def landed():
+        files = landing.glob("[!.]*")
+        return [i for file in files for i in pq.read_table(file)["event_id"].to_pylist()]
+
+    wait_until(lambda: "shipped" in landed())
 
 
 def test_one_request_id_comes_back(url):

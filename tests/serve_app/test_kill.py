@@ -1,4 +1,4 @@
-"""The service is killed at any point, again and again: what it acknowledged is in the lake, once."""
+"""The service is killed again and again: what it acknowledged comes into the lake, once."""
 
 import itertools
 import random
@@ -118,6 +118,7 @@ def test_killed_at_any_point_nothing_is_lost_or_doubled(registry, tmp_path, ray_
     assert len(acknowledged) > 100
     assert acknowledged <= set(landed)
 
+    # The folder would be found without a word; but a configuration has to name some source.
     source = {
         "path": str(tmp_path / "landing"),
         "format": "parquet",
