@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 
 from data_lake.parquet import read_files
 from data_lake.tables import files_by_bucket
@@ -27,7 +28,8 @@ from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.sequences_reader import open_sequences
-from serve_app.history_stores.opening import open_store, resolve_url
+from serve_app.history_stores import ServeError
+from serve_app.history_stores.opening import open_store
 from serve_app.history_stores.seeds import load_seed
 
 _LISTS = ("item_ids", "event_types", "timestamps", "devices")
@@ -73,18 +75,27 @@ def recent_events(sequences: pa.Table, limit: int) -> pa.Table:
 
 
 def _load(config: PipelineConfig, files: Sequence[Path]) -> int:
-    """Loads files into the online store, a task each; returns the number of users."""
+    """Loads files into the online store, a task each; returns the number of users.
+
+    Raises: JobError when the store cannot be reached.
+    """
     chosen = config.serve
     address = {
         "kind": chosen.history,
-        "redis_url": resolve_url(chosen.redis_url),
+        "redis_url": chosen.redis_url,
         "feast_repo": None if chosen.feast_repo is None else Path(expand(chosen.feast_repo)),
     }
     load = ray.remote(_load_file)
     # The first one alone: it may have to create the tables of a new store.
-    first, *rest = files
-    num_loaded: int = ray.get(load.remote(first, address))
-    return num_loaded + sum(ray.get([load.remote(file, address) for file in rest]))
+    counts: list[int] = []
+    try:
+        for some in (files[:1], files[1:]):
+            counts += ray.get([load.remote(file, address) for file in some])
+    except RayTaskError as error:
+        if isinstance(error.cause, ServeError):
+            raise JobError(str(error.cause)) from None
+        raise
+    return sum(counts)
 
 
 def _load_file(file: Path, address: dict[str, Any]) -> int:

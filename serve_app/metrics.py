@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import ValueClass
 
 from recsys.registry import Serving
 
@@ -83,7 +84,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
-        if MULTIPROCESS_DIR not in os.environ:
+        if not _adds_up():
             return generate_latest(self._registry)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
@@ -208,11 +209,16 @@ class _Both:
         self._shared.set(value, tags=self._tags)
 
 
+def _adds_up() -> bool:
+    # The client decided when it was imported; libraries may have set the variable since.
+    return bool(ValueClass._multiprocess)
+
+
 def _make_room() -> None:
     """The folder that the processes of a node share; what ended processes measured as theirs alone
     is taken out of it.
     """
-    if MULTIPROCESS_DIR not in os.environ:
+    if not _adds_up():
         return
     folder = Path(os.environ[MULTIPROCESS_DIR])
     folder.mkdir(parents=True, exist_ok=True)

@@ -160,8 +160,8 @@ def write_whole(folder: str, name: str, content: pa.Buffer) -> None:
         pafs.FileSystem.from_uri(folder) if "://" in folder else (pafs.LocalFileSystem(), folder)
     )
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    # An object appears when its upload is complete.
-    written = f"{path}/.{name}" if is_local else f"{path}/{name}"
+    # An object appears when its upload is complete. A file that was left over is written again.
+    written = f"{path}/.{name.partition('-')[0]}" if is_local else f"{path}/{name}"
     if is_local:
         filesystem.create_dir(path, recursive=True)
     with filesystem.open_output_stream(written) as stream:

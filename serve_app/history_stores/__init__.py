@@ -2,3 +2,7 @@
 
 Shared by the ingress, which reads and pushes, and by the job that fills a store from the lake.
 """
+
+from serve_app.errors import ServeError
+
+__all__ = ["ServeError"]

@@ -43,6 +43,7 @@ def open_store(
         log: of this machine; SQLite is nothing but it, and who only loads has none.
         timeout_s: bound on a `recent`.
         keep: events that Redis and Feast keep of a visitor.
+        redis_url: or "$NAME" of an environment variable.
         ttl_s: how long Redis keeps them after the last one.
 
     Raises: SettingsError when the kind needs what was not given, or Feast is not installed.
@@ -50,7 +51,7 @@ def open_store(
     if kind == "redis":
         if redis_url is None:
             raise SettingsError("history = redis needs redis_url, e.g. redis://127.0.0.1:6379.")
-        return RedisHistory(redis_url, timeout_s=timeout_s, keep=keep, ttl_s=ttl_s)
+        return RedisHistory(_resolved(redis_url), timeout_s=timeout_s, keep=keep, ttl_s=ttl_s)
     if kind == "feast":
         return _open_feast(feast_repo, log, timeout_s=timeout_s, keep=keep)
     if log is None:
@@ -58,10 +59,9 @@ def open_store(
     return SqliteHistory(log, timeout_s=timeout_s)
 
 
-def resolve_url(url: str | None) -> str | None:
-    """A Redis URL out of its environment variable, if it names one. Raises: SettingsError."""
+def _resolved(url: str) -> str:
     try:
-        return None if url is None else from_variable(url)
+        return from_variable(url)
     except ValueError as error:
         raise SettingsError(f"redis_url does not fit: {error}.") from None
 

@@ -72,7 +72,9 @@ class ShopFront:
 
     def __init__(self, registry, tmp_path, version="v1", **settings):
         self.settings = Settings(
-            registry=registry, history_path=tmp_path / "history.sqlite", **settings
+            registry=registry,
+            history_path=tmp_path / "history.sqlite",
+            **{"history_timeout_ms": 2000, **settings},
         )
         artifact = load_artifact(registry / version)
         self.ranker = FakeRanker(artifact)

@@ -1,4 +1,6 @@
 import hashlib
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -226,6 +228,32 @@ def test_history_can_be_read_and_erased(front):
     assert events[1]["device"] == "mobile"
     assert erased == {"user_id": "u1", "erased_events": 2}
     assert front.client.get("/v1/users/u1/history").json()["events"] == []
+
+
+def test_locked_log_is_a_503_within_a_bound_and_loses_nothing(open_front):
+    front = open_front(events_timeout_ms=200)
+    event = {"event_id": "a", "user_id": "u1", "item_id": "i1", "timestamp": front.now_s}
+    with closing(sqlite3.connect(front.settings.history_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        refused = front.client.post("/v1/events", json={"events": [event]})
+        history = front.client.get("/v1/users/u1/history")
+        erasing = front.client.delete("/v1/users/u1/history")
+        other.execute("ROLLBACK")
+
+    problem_of(refused, 503, "unavailable")
+    problem_of(erasing, 503, "unavailable")
+    assert refused.headers["Retry-After"] == "1"
+    assert str(front.settings.history_path) not in refused.text
+    assert history.json()["events"] == []
+    again = front.client.post("/v1/events", json={"events": [event]})
+    assert again.json()["accepted"] == 1
+
+
+def test_history_that_does_not_answer_is_a_503(open_front, tmp_path):
+    front = open_front(history="redis", redis_url=f"unix://{tmp_path}/nobody.sock")
+
+    problem_of(front.client.get("/v1/users/u1/history"), 503, "unavailable")
+    assert front.post_event(1, "i1")["accepted"] == 1
 
 
 def test_user_ids_may_hold_any_character(front):

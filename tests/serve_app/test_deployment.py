@@ -45,13 +45,20 @@ def own_registry(registry, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, own_registry, tmp_path_factory):
+def landing(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve") / "landing"
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, own_registry, landing):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    folder = tmp_path_factory.mktemp("serve")
+    folder = landing.parent
     arguments = {
         "registry": str(own_registry),
         "history_path": str(folder / "history.sqlite"),
+        "events_landing": str(landing),
+        "ship_every_s": 0.2,
         "metrics_dir": str(folder / "metrics"),
         "exposures": str(folder / "exposures"),
         "registry_poll_s": 0.1,
@@ -100,6 +107,17 @@ def test_event_changes_the_next_list(url):
 
     assert (first["source"], second["source"]) == ("model", "model")
     assert ids(first)[0] not in ids(second)
+
+
+def test_events_leave_for_the_lake_by_themselves(url, landing):
+    event = {"event_id": "shipped", "user_id": "u2", "item_id": "i1", "timestamp": time.time()}
+    assert httpx.post(f"{url}/v1/events", json={"events": [event]}).status_code == 202
+
+    def landed():
+        files = landing.glob("[!.]*")
+        return [i for file in files for i in pq.read_table(file)["event_id"].to_pylist()]
+
+    wait_until(lambda: "shipped" in landed())
 
 
 def test_one_request_id_comes_back(url):
@@ -259,7 +277,7 @@ def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
 
     ingress = Ingress(settings, None)
     events = asyncio.run(ingress._recommender.history.recent("user_id", "u9", 50))
-    ingress._recommender.history.close_now()
+    asyncio.run(ingress._intake.close())
 
     assert [event.item_id for event in events] == ["i1", "i2"]
     assert ingress.__serve_build_asgi_app__().title == "nextitem"

@@ -20,7 +20,7 @@ import pytest
 from benchmarks.load import Plan, RunningLoad
 from benchmarks.serving_app import Endpoint
 from recsys.registry import promote, roll_back
-from tests.redis_server import RedisServer
+from tests.serve_app.redis_server import running_redis
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -93,10 +93,9 @@ def assert_no_page_was_empty(result):
 
 
 @pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.stop()
+def redis_server():
+    with running_redis() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -50,3 +50,21 @@ def test_paths_do_not_depend_on_the_working_directory_of_a_replica(tmp_path, mon
 
     assert settings.registry == tmp_path / "registry"
     assert settings.history_path == Path("/home/shop/nextitem/history.sqlite")
+
+
+def test_store_of_histories_needs_its_address():
+    with pytest.raises(SettingsError, match=r"history \(NEXTITEM_HISTORY\).*redis needs redis_url"):
+        Settings.from_environment({}, {"registry": "r", "history": "redis"})
+    with pytest.raises(SettingsError, match="feast needs feast_repo"):
+        Settings.from_environment({}, {"registry": "r", "history": "feast"})
+
+
+def test_url_of_redis_may_come_from_the_environment_and_is_not_shown(monkeypatch):
+    monkeypatch.setenv("SHOP_REDIS", "redis://:my-secret@cache:6379")
+
+    settings = Settings(registry="r", redis_url="$SHOP_REDIS")
+
+    assert settings.redis_url.get_secret_value() == "redis://:my-secret@cache:6379"
+    assert "my-secret" not in f"{settings} {settings!r} {settings.model_dump_json()}"
+    with pytest.raises(SettingsError, match="the environment variable NOWHERE is not set"):
+        Settings.from_environment({}, {"registry": "r", "redis_url": "$NOWHERE"})

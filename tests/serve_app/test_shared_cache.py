@@ -8,17 +8,16 @@ import redis
 from recsys.ranker import RankedList
 from serve_app.settings import Settings
 from serve_app.shared_cache import SharedCache, open_shared_cache
-from tests.redis_server import RedisServer
+from tests.serve_app.redis_server import running_redis
 
 KEY = ("v1", b"\x00digest\xff")
 RANKED = RankedList(("i1", 2), (0.5, -1.25), "v1", 3)
 
 
 @pytest.fixture
-def server(tmp_path):
-    server = RedisServer(tmp_path)
-    yield server
-    server.stop()
+def server():
+    with running_redis("--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
 
 
 @contextmanager

@@ -5,17 +5,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from serve_app.errors import SettingsError
-from serve_app.history import SqliteHistory
-from serve_app.seeds import find_seed, load_seed
+from serve_app.event_log import EventLog
+from serve_app.history_stores.seeds import find_seed, load_seed
+from serve_app.history_stores.sqlite_history import SqliteHistory
 
 US = pa.timestamp("us", tz="UTC")
 
 
 @pytest.fixture
 def history(tmp_path):
-    history = SqliteHistory(tmp_path / "history.sqlite")
-    yield history
-    history.close_now()
+    log = EventLog(tmp_path / "history.sqlite")
+    yield SqliteHistory(log)
+    log.close()
 
 
 def table(user_id="u1", kind=US, **changes):
