@@ -82,6 +82,11 @@ class StorageConfig(Section):
         return expand(self.lake) if self.lake else f"{expand(self.root)}/lake"
 
     @property
+    def exposures_uri(self) -> str:
+        """Where the endpoint logs the lists that it gave."""
+        return f"{expand(self.root)}/exposures"
+
+    @property
     def landing_uri(self) -> str:
         """Where serving ships its events to."""
         return f"{expand(self.root)}/landing"
@@ -225,6 +230,9 @@ class ServeConfig(Section):
     """Folder of a Feast repository, e.g. cluster/feast."""
     history: Literal["sqlite", "redis", "feast"] = "sqlite"
     """Where histories are: in a file of one machine, or in a store that several share."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Any other field of `serve_app.settings`, such as ingress_replicas, max_rankers, shared_cache;
+    what this section says by itself is not among them."""
 
     @field_serializer("redis_url", when_used="json")
     def _without_password(self, url: str | None) -> str | None:

@@ -61,7 +61,9 @@ def serve_config(config: PipelineConfig) -> dict[str, Any]:
         "history_path": str(history.parent / "events.sqlite"),
         "deadline_ms": config.serve.deadline_ms,
         "events_landing": config.storage.landing_uri,
+        "exposures": config.storage.exposures_uri,
         **_history_arguments(config),
+        **config.serve.settings,
     }
     if history.exists() and config.serve.history == "sqlite":
         arguments["history_seed"] = str(history)

@@ -86,7 +86,7 @@ class Settings(BaseModel):
     """Ranked lists in memory, per ingress replica; 0 asks the ranker every time."""
     cache_ttl_s: float = Field(60.0, gt=0)
     shared_cache: SecretStr | None = None
-    """Address of a Redis (redis://, rediss://, unix://) that the replicas share lists through."""
+    """Redis that the replicas share lists through, as `redis_url`."""
     shared_cache_timeout_ms: int = Field(5, ge=1)
     """A Redis that takes longer has no list."""
     exposures: str | None = None
@@ -121,7 +121,7 @@ class Settings(BaseModel):
     ranker_cpus: float = Field(1.0, ge=0)
     ranker_gpus: float = Field(0.0, ge=0)
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "shared_cache")
     @classmethod
     def _from_variable(cls, url: SecretStr | None) -> SecretStr | None:
         return None if url is None else SecretStr(from_variable(url.get_secret_value()))
