@@ -23,7 +23,8 @@ from ray_jobs.job import Report, main
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.artifact import ATTRIBUTES, publish
-from recsys.export import MODEL_FILE, export_onnx, parity
+from recsys.encoders import OnnxEncoder, variant_file
+from recsys.export import export_onnx, parity
 from recsys.fallback import write_fallback
 from recsys.registry import promote
 from recsys.splits import whole_sequences
@@ -85,13 +86,13 @@ def _write_artifact(
     everything = whole_sequences(store.offsets_U)
     vocabulary = finished.vocabulary
     write_fallback(folder / "fallback", store, everything, vocabulary.catalogue, vocabulary.context)
-    _export(finished, folder / MODEL_FILE)
+    _export(finished, folder / variant_file("fp32"))
 
 
 def _export(finished: FinishedRun, path: Path) -> None:
     model = finished.load_model()
     export_onnx(model, path)
-    found = parity(model, path)
+    found = parity(model, OnnxEncoder(path, model.config.max_len))
     if found.overlap < _LEAST_OVERLAP:
         raise JobError(
             f"The run {finished.folder.name} is not published: its export agrees with "

@@ -6,13 +6,22 @@ import onnx
 import pytest
 import torch
 
+from recsys import export
 from recsys.artifact import load_artifact
 from recsys.errors import ArtifactError
-from recsys.export import MODEL_FILE, LastState, OnnxEncoder, export_onnx, parity, sample_inputs
+from recsys.encoders import LastState, OnnxEncoder, RoundedState, make_encoder, variant_file
+from recsys.export import export_onnx, export_variant, sample_inputs
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query
 from recsys.ranker import Ranker
+
+
+MODEL_FILE = variant_file("fp32")
+
+
+def parity(model, path, **options):
+    return export.parity(model, OnnxEncoder(path, model.config.max_len), **options)
 
 
 def make_model(attention, context_sizes=(3, 25, 32), **changes):
