@@ -81,9 +81,7 @@ class LastState(nn.Module):
     ) -> Tensor:
         B, L = items_BL.shape
         last_B = torch.arange(1, B + 1, device=items_BL.device) * L - 1
-        last_BD: Tensor = self.model(
-            items_BL, context_BLF, request_BLF, seconds_BL2, rows_M=last_B
-        )
+        last_BD: Tensor = self.model(items_BL, context_BLF, request_BLF, seconds_BL2, rows_M=last_B)
         return last_BD.float()
 
 
@@ -166,7 +164,7 @@ def _open_session(
     path: Path, max_len: int, wanted: Provider
 ) -> tuple[onnxruntime.InferenceSession, Provider]:
     """A session, and the provider that was left of those wanted."""
-    reasons = []
+    reasons: list[str] = []
     for provider in _FALLBACKS[wanted]:
         session, reason = _try_provider(path, max_len, provider)
         if session is not None:

@@ -45,8 +45,9 @@ class ContextEmbedding(nn.Module):
         rows = (context_BLF + self.starts_F).view(B * L, num_fields)
         if torch.compiler.is_exporting():
             # A graph would loop over the tokens instead.
-            return self.table(rows).sum(1).view(B, L, -1)
-        summed = F.embedding_bag(rows, self.table.weight, mode="sum")
+            summed: Tensor = self.table(rows).sum(1)
+        else:
+            summed = F.embedding_bag(rows, self.table.weight, mode="sum")
         return summed.view(B, L, -1)
 
 

@@ -226,4 +226,3 @@ def _chunks(items: Sequence[np.ndarray]) -> Iterator[list[int]]:
 
 def _available_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-

@@ -110,9 +110,7 @@ class BlockRetriever:
         return self._search(states_BD, wishes, is_cosine=True)
 
     @torch.no_grad()
-    def _search(
-        self, states_BD: Tensor, wishes: Sequence[Wish], *, is_cosine: bool
-    ) -> list[Best]:
+    def _search(self, states_BD: Tensor, wishes: Sequence[Wish], *, is_cosine: bool) -> list[Best]:
         num_rows = len(self._bias_I)
         k = min(max(wish.k for wish in wishes), num_rows)
         best_BK = torch.empty(len(wishes), 0, dtype=torch.int64, device=states_BD.device)

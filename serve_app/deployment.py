@@ -17,9 +17,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from recsys.artifact import load_artifact
+from recsys.encoders import Backend
 from recsys.errors import ArtifactError
 from recsys.queries import Query
-from recsys.ranker import Backend, RankedList, Ranker, RankerInfo, SimilarQuery
+from recsys.ranker import RankedList, Ranker, RankerInfo, SimilarQuery
 from recsys.registry import serving_version
 from serve_app.api import create_app
 from serve_app.errors import RankerUnavailableError
@@ -32,8 +33,10 @@ from serve_app.settings import Settings
 class RankerDeployment:
     """One `Ranker`. It is warm before Serve sends it the first request."""
 
-    def __init__(self, folder: Path, device: str, backend: Backend, max_batch_size: int) -> None:
-        self._ranker = Ranker(load_artifact(folder), device=device, backend=backend)
+    def __init__(
+        self, folder: Path, device: str, backend: Backend, max_batch_size: int, **options: Any
+    ) -> None:
+        self._ranker = Ranker(load_artifact(folder), device=device, backend=backend, **options)
         self._ranker.warm_up()
         self._rank_batch.set_max_batch_size(max_batch_size)
         # One batch at a time: two would only share the same cores.
@@ -130,7 +133,13 @@ def build(args: dict[str, Any]) -> Application:
         },
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,
-    ).bind(folder, settings.device, settings.backend, settings.max_batch_size)
+    ).bind(
+        folder,
+        settings.device,
+        settings.backend,
+        settings.max_batch_size,
+        **settings.ranker_options,
+    )
     return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",

@@ -8,14 +8,13 @@ import torch
 
 from recsys import export
 from recsys.artifact import load_artifact
+from recsys.encoders import LastState, OnnxEncoder, variant_file
 from recsys.errors import ArtifactError
-from recsys.encoders import LastState, OnnxEncoder, RoundedState, make_encoder, variant_file
-from recsys.export import export_onnx, export_variant, sample_inputs
+from recsys.export import export_onnx, sample_inputs
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query
 from recsys.ranker import Ranker
-
 
 MODEL_FILE = variant_file("fp32")
 
