@@ -66,7 +66,8 @@ class RoundedTable(ItemTable):
                 f"Item vectors reach {weight_ID.abs().max():.3g}, beyond the range of {dtype}; "
                 "keep them in fp32 or bf16."
             )
-        super().__init__(*rounded_ID.shape, rounded_ID)
+        num_rows, dim = rounded_ID.shape
+        super().__init__(num_rows, dim, rounded_ID)
         self.weight.requires_grad_(False)
 
     def forward(self, items: Tensor) -> Tensor:

@@ -183,13 +183,12 @@ def _is_hidden(rules: Rules, b: int, item: int) -> bool:
             low = middle + 1
         else:
             high = middle
-    is_there: bool = low < end and rules.hidden[low] == item
-    return is_there
+    return bool(low < end and rules.hidden[low] == item)
 
 
 @_compiled
 def _is_worse(score: np.float32, item: int, other_score: np.float32, other_item: int) -> bool:
-    return score < other_score or (score == other_score and item > other_item)
+    return bool(score < other_score or (score == other_score and item > other_item))
 
 
 @_compiled
