@@ -26,6 +26,7 @@ from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
 from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
+from recsys.encoders import Variant
 from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig
 from recsys.targets import FIELD, TargetsConfig
@@ -201,6 +202,22 @@ class EvaluateConfig(Section):
     """recent-popularity: days before the end of training that count."""
 
 
+class ExportConfig(Section):
+    """Which encoders are exported, and how far from the model they may be."""
+
+    run: str | None = None
+    """Name of a finished run; the newest one by default."""
+    variants: tuple[Variant, ...] = ("fp32", "int8")
+    """fp32 and fp16 for ONNX Runtime, fp16 for GPUs; int8 for ONNX Runtime on CPUs; bf16, which has
+    no file, for torch on CPUs that have it."""
+    least_overlap: float = Field(0.999, ge=0, le=1)
+    """fp32: share of the model's top ten that must be the same."""
+    max_ndcg_loss: float = Field(0.002, ge=0)
+    """The others: what NDCG@10 may fall by, even at the end of its 95 % interval."""
+    max_users: int = Field(5_000, ge=1)
+    """Validation users, a seeded sample, on whom the loss is measured."""
+
+
 class PublishConfig(Section):
     """What must hold before a version serves."""
 
@@ -291,6 +308,7 @@ class PipelineConfig(Section):
     split: SplitConfig = SplitConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     maintain: MaintainConfig = MaintainConfig()

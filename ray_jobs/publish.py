@@ -20,10 +20,11 @@ from ray_jobs.build_sequences import read_stamp
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
-from ray_jobs.runs import FinishedRun, open_run
+from ray_jobs.runs import EXPORT, FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.artifact import ATTRIBUTES, publish
-from recsys.export import MODEL_FILE, export_onnx, parity
+from recsys.encoders import OnnxEncoder, variant_file
+from recsys.export import export_onnx, parity
 from recsys.fallback import write_fallback
 from recsys.registry import promote
 from recsys.splits import whole_sequences
@@ -85,13 +86,19 @@ def _write_artifact(
     everything = whole_sequences(store.offsets_U)
     vocabulary = finished.vocabulary
     write_fallback(folder / "fallback", store, everything, vocabulary.catalogue, vocabulary.context)
-    _export(finished, folder / MODEL_FILE)
+    _export(finished, folder)
 
 
-def _export(finished: FinishedRun, path: Path) -> None:
+def _export(finished: FinishedRun, folder: Path) -> None:
+    """The variants that `ray_jobs.export` wrote and found close to the model, or fp32 made now."""
+    exported = finished.exported()
+    if exported is not None and "fp32" in exported["variants"]:
+        shutil.copytree(finished.folder / EXPORT, folder, dirs_exist_ok=True)
+        return
     model = finished.load_model()
+    path = folder / variant_file("fp32")
     export_onnx(model, path)
-    found = parity(model, path)
+    found = parity(model, OnnxEncoder(path, model.config.max_len))
     if found.overlap < _LEAST_OVERLAP:
         raise JobError(
             f"The run {finished.folder.name} is not published: its export agrees with "

@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.sequences_reader import Vocabulary
-from recsys.artifact import ATTRIBUTES, load_model
+from recsys.artifact import ATTRIBUTES, load_model, sha256_of
 from recsys.attributes import AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
 from recsys.model import NextItemModel
 from recsys.targets import TargetEvents, TargetsConfig, find_targets
+
+EXPORT = "export"
+"""Folder of a run that `ray_jobs.export` writes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,15 @@ class FinishedRun:
     def ranks(self) -> pa.Table:
         """Each target's rank under each row. Raises JobError when the run was not evaluated."""
         return pq.read_table(self._evaluated("ranks.parquet"))
+
+    def exported(self) -> dict[str, Any] | None:
+        """What `ray_jobs.export` wrote for these very weights; None where it has not run."""
+        path = self.folder / EXPORT / "export.json"
+        if not path.exists():
+            return None
+        facts: dict[str, Any] = json.loads(path.read_text())
+        weights_sha256 = sha256_of(self.folder / "model.safetensors")
+        return facts if facts["weights_sha256"] == weights_sha256 else None
 
     def _evaluated(self, name: str) -> Path:
         path = self.folder / name

@@ -7,7 +7,8 @@
     attributes.json         attributes of items and their values, where vectors are made of any
     fallback/*.parquet      popular.parquet, segments.parquet, covisited.parquet
     metrics.json            the evaluation
-    model.onnx              the encoder, where it was exported
+    model.onnx              the encoder, where it was exported; model.<variant>.onnx in other
+                            numbers, and export.json, how far they are from the model
     MANIFEST.json           sha256 of every other file, versions, seed
 
 It is written beside its place, verified and renamed: a reader sees all of it or none.

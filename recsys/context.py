@@ -6,8 +6,9 @@ event type that will follow, so `known_at_request` says which fields a scored po
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +86,7 @@ class ContextEncoder:
         self,
         timestamps_us: np.ndarray,
         previous_us: np.ndarray,
-        columns: Mapping[str, pa.Array],
+        columns: Mapping[str, pa.Array | np.ndarray],
         *,
         timezone: str | None = None,
     ) -> np.ndarray:
@@ -95,20 +96,34 @@ class ContextEncoder:
             timestamps_us: int64 `[T]`, microseconds in UTC; NO_TIME where missing.
             previous_us: int64 `[T]`, time of the same user's event before; NO_TIME where there is
                 none.
-            columns: string arrays `[T]` for the categorical fields; a missing column is unknown
-                throughout.
+            columns: string arrays `[T]` for the categorical fields, or codes by `look_up`; a
+                missing column is unknown throughout.
             timezone: replaces the configured one.
         """
         codes_TF = np.zeros((len(timestamps_us), len(self.fields)), np.uint8)
         for f, name in enumerate(self.config.categorical):
-            if name in columns:
-                codes_TF[:, f] = self._encode_values(name, columns[name])
+            column = columns.get(name)
+            if column is not None:
+                is_coded = isinstance(column, np.ndarray)
+                codes_TF[:, f] = column if is_coded else self._encode_values(name, column)
         num_categorical = len(self.config.categorical)
         for f, name in enumerate(self.config.time, start=num_categorical):
             codes_TF[:, f] = _encode_time(
                 name, timestamps_us, previous_us, timezone or self.config.timezone
             )
         return codes_TF
+
+    def look_up(self, name: str, values: Sequence[str | None]) -> np.ndarray:
+        """Codes of a few values of a categorical field, uint8: faster than an array of them."""
+        codes = self._codes[name]
+        return np.array([codes.get(value, UNKNOWN) for value in values], np.uint8)
+
+    @cached_property
+    def _codes(self) -> dict[str, dict[str | None, int]]:
+        return {
+            name: {value: code for code, value in enumerate(values, start=1)}
+            for name, values in self.vocabularies.items()
+        }
 
     def _encode_values(self, name: str, values: pa.Array) -> np.ndarray:
         if pa.types.is_dictionary(values.type):

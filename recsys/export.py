@@ -1,73 +1,31 @@
-"""The encoder as an ONNX graph: from one padded window to the state that is compared with the item
-table. The table product and the top-k stay outside of the graph.
+"""The encoder as an ONNX graph: from a window of any length to the state that is compared with the
+item table, in fp32 or in smaller numbers. The table product and the top-k stay outside of the
+graph.
 """
 
+import copy
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
+import onnx
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recsys.catalogue import MASK, NUM_SPECIAL, PAD
-from recsys.errors import ArtifactError
+from recsys.encoders import INPUT_NAMES, Encoder, LastState, Variant, variant_file
 from recsys.model import NextItemModel
 
-MODEL_FILE = "model.onnx"
-_INPUT_NAMES = ("items", "context", "request", "seconds")
 _MAX_INLINE_BYTES = 1_500_000_000
 """An ONNX file ends at 2 GB; larger weights go into a second file beside it."""
-
-
-class LastState(nn.Module):
-    """`NextItemModel` up to the state at the last position, `[B, D]`."""
-
-    def __init__(self, model: NextItemModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, items_BL: Tensor, context_BLF: Tensor, request_BLF: Tensor, seconds_BL2: Tensor
-    ) -> Tensor:
-        last_BD: Tensor = self.model(items_BL, context_BLF, request_BLF, seconds_BL2)[:, -1]
-        return last_BD
-
-
-class OnnxEncoder:
-    """An exported encoder under ONNX Runtime. Raises ArtifactError when there is none."""
-
-    def __init__(self, path: Path, max_len: int) -> None:
-        if not path.is_file():
-            raise ArtifactError(
-                f"{path} does not exist; publish the version with its export, or use torch."
-            )
-        options = onnxruntime.SessionOptions()
-        # Ray gives each replica its share of the cores through this one number.
-        options.intra_op_num_threads = torch.get_num_threads()
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        available = onnxruntime.get_available_providers()
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=[name for name in wanted if name in available]
-        )
-        self._inputs = [node.name for node in self._session.get_inputs()]
-        self._max_len = max_len
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """As `LastState.forward`, for windows of any length up to `max_len`."""
-        padded = _pad_left(inputs, self._max_len)
-        # A graph has only the inputs that the model reads: a bidirectional one takes no request.
-        arrays = dict(zip(_INPUT_NAMES, (tensor.cpu().numpy() for tensor in padded), strict=True))
-        (hidden_BD,) = self._session.run(None, {name: arrays[name] for name in self._inputs})
-        return torch.from_numpy(hidden_BD).to(inputs[0].device)
+_MAX_SCORES = 2**26
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export is from its model."""
+    """How far an encoder is from its model."""
 
     overlap: float
     """Mean share of the top ten that both have."""
@@ -76,13 +34,13 @@ class Parity:
 
 
 def export_onnx(model: NextItemModel, path: Path) -> None:
-    """Writes the encoder of a CPU model for windows of `max_len` positions, left-padded, and any
-    batch size. Items are looked up in one table, or by their codes, whatever attributes they have.
+    """Writes the encoder of a CPU model for any batch size and windows of up to `max_len`
+    positions. Items are looked up in one table, or by their codes, whatever attributes they have.
     """
     model = model.materialised()
     example = sample_inputs(model, num_windows=2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    length = torch.export.Dim("length", min=1, max=model.config.max_len)
     # The fused attention kernels promise strides that their decomposition does not keep.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # The exporter's own calls are deprecated by the libraries below it.
@@ -91,28 +49,76 @@ def export_onnx(model: NextItemModel, path: Path) -> None:
             LastState(model).eval(),
             example,
             path,
-            input_names=list(_INPUT_NAMES),
+            input_names=list(INPUT_NAMES),
             output_names=["hidden"],
             dynamo=True,
-            dynamic_shapes=({0: batch},) * len(_INPUT_NAMES),
-            external_data=size > _MAX_INLINE_BYTES,
+            dynamic_shapes=({0: batch, 1: length},) * len(INPUT_NAMES),
+            external_data=_is_large(model),
             verbose=False,
         )
 
 
+def export_variant(model: NextItemModel, variant: Variant, folder: Path) -> Path | None:
+    """Writes one variant; int8 is made of the fp32 that lies there already. bf16 has no file: it is
+    the model itself under torch.
+    """
+    path = folder / variant_file(variant)
+    if variant == "bf16":
+        return None
+    if variant == "int8":
+        _quantise(folder / variant_file("fp32"), path, is_large=_is_large(model))
+    else:
+        model = model.materialised()
+        export_onnx(copy.deepcopy(model).half() if variant == "fp16" else model, path)
+    return path
+
+
 @torch.no_grad()
-def parity(model: NextItemModel, path: Path, *, num_windows: int = 64, seed: int = 0) -> Parity:
-    """Compares an export with its model on random windows of every length."""
+def parity(
+    model: NextItemModel, encode: Encoder, *, num_windows: int = 64, seed: int = 0
+) -> Parity:
+    """Compares an encoder with its model on random windows of every length."""
     model = model.eval()
     inputs = sample_inputs(model, num_windows=num_windows, seed=seed)
-    expected_BI = model.scores(LastState(model).eval()(*inputs))
-    exported_BI = model.scores(OnnxEncoder(path, model.config.max_len)(*inputs))
+    # In parts, so that a large catalogue has few scores at a time.
+    step = max(1, _MAX_SCORES // len(model.item_bias))
+    shares, differences = [], []
+    for start in range(0, num_windows, step):
+        part = [tensor[start : start + step] for tensor in inputs]
+        expected_BI = model.scores(LastState(model).eval()(*part))
+        exported_BI = model.scores(encode(*part))
+        k = min(10, expected_BI.shape[1])
+        tops = (scores_BI.topk(k).indices for scores_BI in (expected_BI, exported_BI))
+        shares.append((next(tops)[:, :, None] == next(tops)[:, None, :]).any(2).float().mean(1))
+        is_finite = expected_BI.isfinite()
+        differences.append((expected_BI - exported_BI)[is_finite].abs().max())
+    return Parity(float(torch.cat(shares).mean()), float(torch.stack(differences).max()))
 
-    k = min(10, expected_BI.shape[1])
-    is_shared = expected_BI.topk(k).indices[:, :, None] == exported_BI.topk(k).indices[:, None, :]
-    is_finite = expected_BI.isfinite()
-    difference = (expected_BI - exported_BI)[is_finite].abs().max()
-    return Parity(float(is_shared.any(2).float().mean()), float(difference))
+
+def _quantise(source: Path, path: Path, *, is_large: bool) -> None:
+    """Weights of matrix products in int8, a scale for each column; what they are multiplied with is
+    rounded when it is known.
+    """
+    # The exporter leaves shapes of weights that it has transposed since; they are inferred again.
+    graph = onnx.load(source, load_external_data=False)
+    graph.graph.ClearField("value_info")
+    bare = path.with_suffix(".bare")
+    try:
+        onnx.save(graph, bare)
+        quantize_dynamic(
+            bare,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=is_large,
+        )
+    finally:
+        bare.unlink(missing_ok=True)
+
+
+def _is_large(model: NextItemModel) -> bool:
+    return sum(parameter.nbytes for parameter in model.parameters()) > _MAX_INLINE_BYTES
 
 
 def sample_inputs(
@@ -143,9 +149,3 @@ def _context_sizes(model: NextItemModel) -> list[int]:
     starts_F = model.context.get_buffer("starts_F").tolist()
     ends_F = [*starts_F[1:], model.context.table.num_embeddings]
     return [end - start for start, end in zip(starts_F, ends_F, strict=True)]
-
-
-def _pad_left(inputs: Sequence[Tensor], max_len: int) -> list[Tensor]:
-    # Zero is padding for items and unknown for context.
-    missing = max_len - inputs[0].shape[1]
-    return [F.pad(tensor, (0,) * (2 * (tensor.ndim - 2)) + (missing, 0)) for tensor in inputs]

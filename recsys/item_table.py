@@ -19,6 +19,7 @@ from recsys.catalogue import NUM_SPECIAL, PAD, Catalogue
 from recsys.item_codes import ItemCodesConfig
 from recsys.touched_rows import TouchedRows
 
+_ALL = slice(None)
 _ROWS_PER_BLOCK = 8192
 _STATES_PER_GROUP = 32
 """Products of 8 codes x 256 values with so many states, 256 KiB, stay in the cache of a core."""
@@ -44,9 +45,45 @@ class ItemTable(nn.Embedding):
         """The vectors of all items, `[I, D]`."""
         return self.weight
 
-    def products(self, hidden_BD: Tensor) -> Tensor:
-        """Inner products with all items, `[B, I]`, in the dtype of the states."""
-        return hidden_BD @ self.all().to(hidden_BD.dtype).T
+    def products(self, hidden_BD: Tensor, rows: slice = _ALL) -> Tensor:
+        """Inner products with all items, or those of `rows`, `[B, I]`, in the dtype of the
+        states.
+        """
+        return hidden_BD @ self.all()[rows].to(hidden_BD.dtype).T
+
+
+class RoundedTable(ItemTable):
+    """Vectors kept in fp16 or bf16, for a model that is trained no more: read and compared in
+    fp32.
+
+    Raises: ValueError when a value is beyond the range of the type.
+    """
+
+    def __init__(self, weight_ID: Tensor, dtype: torch.dtype) -> None:
+        rounded_ID = weight_ID.detach().to(dtype)
+        if not rounded_ID.isfinite().all():
+            raise ValueError(
+                f"Item vectors reach {weight_ID.abs().max():.3g}, beyond the range of {dtype}; "
+                "keep them in fp32 or bf16."
+            )
+        num_rows, dim = rounded_ID.shape
+        super().__init__(num_rows, dim, rounded_ID)
+        self.weight.requires_grad_(False)
+
+    def forward(self, items: Tensor) -> Tensor:
+        return super().forward(items).float()
+
+    def products(self, hidden_BD: Tensor, rows: slice = _ALL) -> Tensor:
+        """Inner products with all items, or those of `rows`, fp32 `[B, I]`."""
+        weight_ID, hidden_BD = self.weight[rows], hidden_BD.float()
+        if not weight_ID.is_cuda:
+            return hidden_BD @ weight_ID.float().T
+        # A state in two parts of the table's type is hardly rounded, and the sums are fp32.
+        coarse_BD = hidden_BD.to(weight_ID.dtype)
+        fine_BD = (hidden_BD - coarse_BD.float()).to(weight_ID.dtype)
+        parts = torch.cat([coarse_BD, fine_BD])
+        coarse_BI, fine_BI = torch.mm(parts, weight_ID.T, out_dtype=torch.float32).chunk(2)
+        return coarse_BI.add_(fine_BI)
 
 
 class CodedTable(nn.Module):
@@ -86,26 +123,34 @@ class CodedTable(nn.Module):
         vectors: Tensor = self(torch.arange(len(self.codes), device=self.codes.device))
         return vectors
 
-    def products(self, hidden_BD: Tensor) -> Tensor:
-        """Inner products with all items, fp32 `[B, I]`: each centroid is multiplied once, and an
-        item adds up those of its codes (PQTopK: Petrov, Macdonald & Tonellotto, 2024,
-        arXiv:2408.09992). Exact, and no vector of an item is ever put together.
+    def products(self, hidden_BD: Tensor, rows: slice = _ALL) -> Tensor:
+        """Inner products with all items, or those of `rows`, fp32 `[B, I]`: each centroid is
+        multiplied once, and an item adds up those of its codes (PQTopK: Petrov, Macdonald &
+        Tonellotto, 2024, arXiv:2408.09992). Exact, and no vector of an item is ever put together.
         """
-        num_rows = len(self.codes)
+        codes = self.codes[rows]
+        num_rows = len(codes)
+        step = num_rows if codes.is_cuda else _ROWS_PER_BLOCK
         products_BI = hidden_BD.new_empty(len(hidden_BD), num_rows, dtype=torch.float32)
         partials = {
             start: self._multiply(hidden_BD[start : start + _STATES_PER_GROUP])
             for start in range(0, len(hidden_BD), _STATES_PER_GROUP)
         }
-        for start in range(0, num_rows, _ROWS_PER_BLOCK):
-            block = slice(start, start + _ROWS_PER_BLOCK)
-            places = self._places(self.codes[block])
+        for start in range(0, num_rows, step):
+            block = slice(start, start + step)
+            places = self._places(codes[block])
             for first, partial in partials.items():
                 summed = F.embedding_bag(places, partial, mode="sum").T
                 group_GI = products_BI[first : first + _STATES_PER_GROUP, block]
                 group_GI.copy_(summed[: len(group_GI)])
-        products_BI[:, PAD] = 0
+        if not rows.start:
+            products_BI[:, PAD] = 0
         return products_BI
+
+    def centroid_products(self, hidden_BD: Tensor) -> Tensor:
+        """Products of every centroid with its part of each state, fp32 `[B, C, V]`."""
+        C, _, E = self.centroids.shape
+        return torch.einsum("cve,bce->bcv", self.centroids, hidden_BD.float().view(-1, C, E))
 
     def _places(self, codes: Tensor) -> Tensor:
         """Where the chosen centroids lie among all of them, int32 `[..., C]`."""
@@ -220,9 +265,11 @@ class AttributedCodedTable(CodedTable):
     def forward(self, items: Tensor) -> Tensor:
         return self.features.add_to(super().forward(items), self.attributes.weight, items)
 
-    def products(self, hidden_BD: Tensor) -> Tensor:
-        """Inner products with all items, `[B, I]`, in the dtype of the states."""
-        return hidden_BD @ self.all().to(hidden_BD.dtype).T
+    def products(self, hidden_BD: Tensor, rows: slice = _ALL) -> Tensor:
+        """Inner products with all items, or those of `rows`, `[B, I]`, in the dtype of the
+        states.
+        """
+        return hidden_BD @ self.all()[rows].to(hidden_BD.dtype).T
 
 
 Table = ItemTable | CodedTable

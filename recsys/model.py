@@ -43,7 +43,11 @@ class ContextEmbedding(nn.Module):
     def forward(self, context_BLF: Tensor) -> Tensor:
         B, L, num_fields = context_BLF.shape
         rows = (context_BLF + self.starts_F).view(B * L, num_fields)
-        summed = F.embedding_bag(rows, self.table.weight, mode="sum")
+        if torch.compiler.is_exporting():
+            # A graph would loop over the tokens instead.
+            summed: Tensor = self.table(rows).sum(1)
+        else:
+            summed = F.embedding_bag(rows, self.table.weight, mode="sum")
         return summed.view(B, L, -1)
 
 

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from recsys.catalogue import PAD
 from recsys.context import NO_TIME, ContextEncoder, count_seconds
@@ -125,16 +124,18 @@ def _encode_context(
     encoder: ContextEncoder,
 ) -> np.ndarray:
     previous_T = previous_times(timestamps_T, offsets_B)
-    segments = chain.from_iterable(
-        [query.context.segment] * len(lane.items)
-        for query, lane in zip(queries, lanes, strict=True)
-    )
-    columns = {
-        "device": pa.array(chain.from_iterable(lane.devices for lane in lanes), pa.string()),
-        "event_type": pa.array(
-            chain.from_iterable(lane.event_types for lane in lanes), pa.string()
+    values = {
+        "device": chain.from_iterable(lane.devices for lane in lanes),
+        "event_type": chain.from_iterable(lane.event_types for lane in lanes),
+        "segment": chain.from_iterable(
+            [query.context.segment] * len(lane.items)
+            for query, lane in zip(queries, lanes, strict=True)
         ),
-        "segment": pa.array(segments, pa.string()),
+    }
+    columns = {
+        name: encoder.look_up(name, list(values[name]))
+        for name in encoder.config.categorical
+        if name in values
     }
     # The clock of a query is its own; nearly always they share one.
     zones = [query.context.timezone for query in queries]

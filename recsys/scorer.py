@@ -1,5 +1,6 @@
 """A trained model as a scorer of the whole catalogue."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from recsys.tokens import TokenStore
 class ModelScorer:
     """Scores with a model, knowing the context of the request (`time-aware`) or nothing of it
     (`time-blind`). Vectors made of attributes are computed here, once: it scores with the weights
-    of that moment.
+    of that moment. `encode` takes the place of its encoder, see `recsys.encoders`.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class ModelScorer:
         name: str = "model",
         knows_request: bool = True,
         dtype: torch.dtype = torch.float32,
+        encode: Callable[..., Tensor] | None = None,
     ) -> None:
         self.name = name
         self._model = model.materialised()
@@ -32,6 +34,7 @@ class ModelScorer:
         self._known_F = torch.from_numpy(known_at_request_F)
         self._knows_request = knows_request
         self._dtype = dtype
+        self._encode = encode
 
     @torch.no_grad()
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
@@ -51,8 +54,11 @@ class ModelScorer:
         )
 
         self._model.eval()
+        moved = [tensor.to(self._device) for tensor in inputs]
+        if self._encode is not None:
+            return self._model.scores(self._encode(*moved))
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden_BLD = self._model(*(tensor.to(self._device) for tensor in inputs))
+            hidden_BLD = self._model(*moved)
         return self._model.scores(hidden_BLD[:, -1].to(self._dtype))
 
 

@@ -113,7 +113,12 @@ class RankerDeployment:
 
 
 def _load_ranker(folder: Path, settings: Settings) -> Ranker:
-    ranker = Ranker(load_artifact(folder), device=settings.device, backend=settings.backend)
+    ranker = Ranker(
+        load_artifact(folder),
+        device=settings.device,
+        backend=settings.backend,
+        **settings.ranker_options,
+    )
     ranker.warm_up()
     return ranker
 

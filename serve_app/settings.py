@@ -107,6 +107,14 @@ class Settings(BaseModel):
     device: str = "auto"
     """Of the ranker: auto, cpu, cuda."""
     backend: Literal["torch", "onnx"] = "torch"
+    variant: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Numbers that the encoder counts in: int8 or fp16 (on a GPU) where the version was exported
+    so, for onnx; bf16 for torch.
+    """
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """Of ONNX Runtime; where it cannot be had, the next simpler one runs. auto: the device's."""
+    table: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """How item vectors are kept: fp16 and bf16 in half the memory, rounded."""
     max_batch_size: int = Field(32, ge=1)
     """Requests that one ranker answers at once."""
     ingress_replicas: int = Field(1, ge=1)
@@ -134,6 +142,11 @@ class Settings(BaseModel):
         if needed is not None and info.data.get(needed, "") is None:
             raise ValueError(f"{history} needs {needed}")
         return history
+
+    @property
+    def ranker_options(self) -> dict[str, Any]:
+        """What a ranker is told beside its device and backend."""
+        return self.model_dump(include={"variant", "provider", "table"})
 
     @classmethod
     def from_environment(

@@ -7,7 +7,17 @@ import pytest
 import ray
 from ray import serve as ray_serve
 
-from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
+from ray_jobs import (
+    build_sequences,
+    evaluate,
+    export,
+    generate,
+    ingest,
+    materialize,
+    publish,
+    serve,
+    train,
+)
 from ray_jobs.errors import JobError
 from ray_jobs.http_checks import check_endpoint
 from ray_jobs.runs import open_run
@@ -63,6 +73,16 @@ def test_a_model_below_a_baseline_is_not_published(tiny):
     assert not Path(tiny.storage.registry_uri).exists()
 
 
+def test_variants_of_the_encoder_are_exported_with_what_they_lose(tiny):
+    wanted = {"variants": ("int8", "bf16"), "max_ndcg_loss": 1.0}
+    figures = export.run(
+        tiny.model_copy(update={"export": tiny.export.model_copy(update=wanted)})
+    ).figures
+    assert figures["fp32_overlap"] >= 0.999
+    assert figures["int8_ndcg10_change_low"] <= figures["int8_ndcg10_change_high"]
+    assert set(open_run(tiny, None).exported()["variants"]) == {"fp32", "int8", "bf16"}
+
+
 def test_the_published_artifact_says_where_it_comes_from(tiny):
     version = publish.run(tiny).figures["version"]
     registry = Path(tiny.storage.registry_uri)
@@ -72,7 +92,8 @@ def test_the_published_artifact_says_where_it_comes_from(tiny):
     assert artifact.manifest["sequences_from"]["events_version"] == 1
     assert artifact.manifest["seed"] == tiny.seed
     assert artifact.metrics()["run"] == artifact.manifest["run"]
-    assert (artifact.path / "model.onnx").exists()
+    exported = {"model.onnx", "model.int8.onnx", "export.json"}
+    assert exported <= set(artifact.manifest["files"])
 
 
 def test_real_requests_are_answered_also_without_the_ranker(tiny):

@@ -6,13 +6,21 @@ import onnx
 import pytest
 import torch
 
+from recsys import export
 from recsys.artifact import load_artifact
+from recsys.encoders import LastState, OnnxEncoder, variant_file
 from recsys.errors import ArtifactError
-from recsys.export import MODEL_FILE, LastState, OnnxEncoder, export_onnx, parity, sample_inputs
+from recsys.export import export_onnx, export_variant, sample_inputs
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.queries import Event, Query
 from recsys.ranker import Ranker
+
+MODEL_FILE = variant_file("fp32")
+
+
+def parity(model, path, **options):
+    return export.parity(model, OnnxEncoder(path, model.config.max_len), **options)
 
 
 def make_model(attention, context_sizes=(3, 25, 32), **changes):
@@ -135,6 +143,38 @@ def test_export_of_a_model_without_context(tmp_path):
     export_onnx(model, tmp_path / MODEL_FILE)
 
     assert parity(model, tmp_path / MODEL_FILE).overlap == 1.0
+
+
+@pytest.mark.parametrize(
+    ("variant", "overlap", "difference"), [("fp16", 0.98, 0.1), ("int8", 0.7, 2.0)]
+)
+def test_smaller_numbers_stay_near_the_model(published, tmp_path, variant, overlap, difference):
+    model = published.load_model()
+    shutil.copy(published.path / MODEL_FILE, tmp_path)
+    path = export_variant(model, variant, tmp_path)
+
+    result = parity(model, path)
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([MODEL_FILE, path.name])
+    assert overlap <= result.overlap
+    assert 0 < result.max_difference < difference
+
+
+@pytest.mark.parametrize("variant", ["fp32", "fp16", "int8"])
+def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch, variant):
+    monkeypatch.setattr(export, "_MAX_INLINE_BYTES", 0)
+    model = make_model("bidirectional")
+    for wanted in dict.fromkeys(("fp32", variant)):
+        path = export_variant(model, wanted, tmp_path)
+
+    assert (tmp_path / f"{path.name}.data").exists()
+    assert parity(model, path).overlap > 0.7
+
+
+def test_a_graph_does_not_loop_over_tokens(published):
+    nodes = onnx.load(published.path / MODEL_FILE).graph.node
+
+    assert "Loop" not in {node.op_type for node in nodes}
 
 
 def test_other_weights_fail_the_parity(published):
