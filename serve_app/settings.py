@@ -60,8 +60,9 @@ class Settings(BaseModel):
     """Folder of `feature_store.yaml`."""
     history: HistoryKind = "sqlite"
     """Where histories are read; redis and feast serve several machines."""
-    history_timeout_ms: int = Field(30, ge=1)
-    """After this time a request is answered without the visitor's history."""
+    history_timeout_ms: int | None = Field(None, ge=1)
+    """After this time a request is answered without the visitor's history; half of `deadline_ms`
+    unless set."""
     history_keep_days: float = Field(90.0, gt=0)
     """Redis forgets a visitor so long after the last event."""
     history_seed: AbsolutePath | None = None
@@ -99,6 +100,10 @@ class Settings(BaseModel):
     max_rankers: int = Field(1, ge=1)
     ranker_cpus: float = Field(1.0, ge=0)
     ranker_gpus: float = Field(0.0, ge=0)
+
+    @property
+    def history_timeout_s(self) -> float:
+        return (self.history_timeout_ms or self.deadline_ms / 2) / 1000
 
     @field_validator("redis_url")
     @classmethod
