@@ -21,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from recsys.artifact import load_artifact
+from recsys.encoders import variant_file
 from recsys.errors import ArtifactError
 from recsys.queries import Query
 from recsys.ranker import RankedList, Ranker, RankerInfo, SimilarQuery
@@ -113,10 +114,14 @@ class RankerDeployment:
 
 
 def _load_ranker(folder: Path, settings: Settings) -> Ranker:
+    backend = settings.backend
+    if backend == "auto":
+        is_exported = (folder / variant_file(settings.variant)).is_file()
+        backend = "onnx" if is_exported else "torch"
     ranker = Ranker(
         load_artifact(folder),
         device=settings.device,
-        backend=settings.backend,
+        backend=backend,
         **settings.ranker_options,
     )
     ranker.warm_up()

@@ -165,4 +165,4 @@ def open_intake(settings: Settings) -> Intake:
             max_rows=settings.ship_rows,
             keep_days=settings.log_keep_days,
         )
-    return Intake(events, history, shipper, push_timeout_s=settings.history_timeout_ms / 1000)
+    return Intake(events, history, shipper, push_timeout_s=settings.history_timeout_s)

@@ -63,8 +63,9 @@ class Settings(BaseModel):
     """Folder of `feature_store.yaml`."""
     history: HistoryKind = "sqlite"
     """Where histories are read; redis and feast serve several machines."""
-    history_timeout_ms: int = Field(30, ge=1)
-    """After this time a request is answered without the visitor's history."""
+    history_timeout_ms: int | None = Field(None, ge=1)
+    """After this time a request is answered without the visitor's history; half of `deadline_ms`
+    unless set."""
     history_keep_days: float = Field(90.0, gt=0)
     """Redis forgets a visitor so long after the last event."""
     history_seed: AbsolutePath | None = None
@@ -106,7 +107,8 @@ class Settings(BaseModel):
 
     device: str = "auto"
     """Of the ranker: auto, cpu, cuda."""
-    backend: Literal["torch", "onnx"] = "torch"
+    backend: Literal["auto", "torch", "onnx"] = "auto"
+    """Runs the encoder. auto: ONNX Runtime where the version was exported so, else torch."""
     variant: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Numbers that the encoder counts in: int8 or fp16 (on a GPU) where the version was exported
     so, for onnx; bf16 for torch.
@@ -128,6 +130,11 @@ class Settings(BaseModel):
     """How long there must be fewer before one is stopped."""
     ranker_cpus: float = Field(1.0, ge=0)
     ranker_gpus: float = Field(0.0, ge=0)
+
+    @property
+    def history_timeout_s(self) -> float:
+        """Of one call to the history store."""
+        return (self.history_timeout_ms or self.deadline_ms / 2) / 1000
 
     @field_validator("redis_url", "shared_cache")
     @classmethod

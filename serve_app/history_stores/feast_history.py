@@ -11,9 +11,10 @@ log, a second or so later.
 import asyncio
 import json
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
@@ -46,6 +47,11 @@ class _Kept(NamedTuple):
     positions: int
     user_ids: str
     session_ids: str
+
+
+class _Batch(NamedTuple):
+    rows: list[LogRow]
+    done: Future[None]
 
 
 class FeastHistory:
@@ -81,14 +87,22 @@ class FeastHistory:
         with self._lock:
             self._writes = FeastOnline(repo)
         self._reads = FeastOnline(repo)
+        self._gate = threading.Lock()
+        self._waiting: _Batch | None = None
         # What is slow the first time is not a visitor's to pay.
         self._recent("user_id", "", 1)
         self._writer = ThreadPoolExecutor(1, "feast-writer")
         self._reader = ThreadPoolExecutor(1, "feast-reader")
 
     async def push(self, rows: Sequence[LogRow]) -> None:
-        """See `HistoryStore`."""
-        await _run(self._writer, partial(self._push, rows), _PATIENCE_S)
+        """See `HistoryStore`; pushes that wait together are one."""
+        with self._gate:
+            if self._waiting is None:
+                self._waiting = _Batch([], self._writer.submit(self._push_waiting))
+            self._waiting.rows.extend(rows)
+            done = self._waiting.done
+        # Others wait for the same batch.
+        await _answered(asyncio.shield(asyncio.wrap_future(done)), _PATIENCE_S)
 
     async def recent(self, owner: Owner, name: int | str, limit: int) -> tuple[Event, ...]:
         """See `HistoryStore`."""
@@ -131,7 +145,10 @@ class FeastHistory:
         seeded = _seeded(found) if owner == "user_id" else []
         return join_history(seeded, logged, limit)
 
-    def _push(self, rows: Sequence[LogRow]) -> None:
+    def _push_waiting(self) -> None:
+        with self._gate:
+            assert self._waiting is not None
+            rows, self._waiting = self._waiting.rows, None
         with self._lock:
             visitors = sorted({visitor for row in rows for visitor in _visitors(row)})
             kept = self._kept(visitors)
@@ -227,9 +244,13 @@ class FeastHistory:
 
 
 async def _run(executor: ThreadPoolExecutor, call: Callable[[], T], timeout_s: float) -> T:
+    return await _answered(asyncio.wrap_future(executor.submit(call)), timeout_s)
+
+
+async def _answered(answer: Awaitable[T], timeout_s: float) -> T:
     try:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(executor, call)
+            return await answer
     except TimeoutError:
         raise HistoryUnavailableError(
             f"Feast did not answer within {timeout_s:g} s; see how its online store is."

@@ -21,7 +21,7 @@ def open_history(settings: Settings, log: EventLog) -> HistoryStore:
         log=log,
         redis_url=None if url is None else url.get_secret_value(),
         feast_repo=settings.feast_repo,
-        timeout_s=settings.history_timeout_ms / 1000,
+        timeout_s=settings.history_timeout_s,
         keep=max(_KEPT_EVENTS, settings.history_limit),
         ttl_s=settings.history_keep_days * 86_400,
     )

@@ -74,7 +74,7 @@ class ShopFront:
         self.settings = Settings(
             registry=registry,
             history_path=tmp_path / "history.sqlite",
-            **{"history_timeout_ms": 2000, **settings},
+            **settings,
         )
         artifact = load_artifact(registry / version)
         self.ranker = FakeRanker(artifact)

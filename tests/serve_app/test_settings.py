@@ -68,3 +68,8 @@ def test_url_of_redis_may_come_from_the_environment_and_is_not_shown(monkeypatch
     assert "my-secret" not in f"{settings} {settings!r} {settings.model_dump_json()}"
     with pytest.raises(SettingsError, match="the environment variable NOWHERE is not set"):
         Settings.from_environment({}, {"registry": "r", "redis_url": "$NOWHERE"})
+
+
+def test_history_has_half_of_the_deadline_unless_it_is_told():
+    assert Settings(registry="r", deadline_ms=50).history_timeout_s == 0.025
+    assert Settings(registry="r", history_timeout_ms=7).history_timeout_s == 0.007

@@ -1,5 +1,7 @@
 """What every history store promises; one suite for all of them."""
 
+import asyncio
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -46,6 +48,18 @@ def test_recent_events_are_the_last_by_time_then_by_arrival(history):
     history.add(*(event(n, f"i{n}", at=time) for n, time in enumerate(times)))
 
     assert history.items(limit=3) == ["i1", "i0", "i2"]
+
+
+def test_pushes_at_the_same_time_all_count(history):
+    rows = history.append(*(event(n, n, f"u{n % 2}", "s1") for n in range(8)))
+
+    async def push_together():
+        await asyncio.gather(*(history.store.push([row]) for row in rows))
+
+    history.runner.run(push_together())
+
+    assert history.items("u1") == [1, 3, 5, 7]
+    assert history.items("s1", owner="session_id") == list(range(8))
 
 
 def test_events_that_come_late_stand_where_they_belong(history):
