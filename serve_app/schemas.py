@@ -15,18 +15,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     WithJsonSchema,
     model_validator,
 )
 
-_EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+# As in the lake, which takes nothing older.
+_EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
 _LATEST = datetime(2200, 1, 1, tzinfo=UTC)
 _MAX_EXTRA = 16
 
 
 def _check_moment(moment: datetime) -> datetime:
     if not _EARLIEST <= moment < _LATEST:
-        raise ValueError("must lie between the years 1970 and 2200")
+        raise ValueError("must lie between the years 1990 and 2200")
     return moment
 
 
@@ -61,7 +63,10 @@ def _reject_boolean(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, Field(strict=True, min_length=1, max_length=128)]
+# The lake trims text as well, so that " a" is no other event than "a".
+Text = Annotated[
+    str, StringConstraints(strict=True, strip_whitespace=True, min_length=1, max_length=128)
+]
 Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Text
 Moment = Annotated[AwareDatetime, BeforeValidator(_reject_boolean), AfterValidator(_check_moment)]
 Timezone = Annotated[Text, AfterValidator(_check_timezone)]

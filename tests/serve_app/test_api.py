@@ -75,7 +75,7 @@ def test_short_path_answers_as_the_long_one(front):
         ({"user_id": "u", "context": {"timezone": "../etc"}}, "context.timezone", "IANA"),
         ({"user_id": "u", "context": {"timestamp": "2026-01-01"}}, "context.timestamp", "timezone"),
         ({"user_id": "u", "context": {"timestamp": True}}, "context.timestamp", "true or false"),
-        ({"user_id": "u", "context": {"timestamp": -1e9}}, "context.timestamp", "1970 and 2200"),
+        ({"user_id": "u", "context": {"timestamp": -1e9}}, "context.timestamp", "1990 and 2200"),
         ({"user_id": "u", "context": {f"x{n}": 1 for n in range(17)}}, "context", "at most 16"),
         ({"user_id": "u", "context": {"x": "y" * 129}}, "context.x", "at most 128"),
         ({"user_id": "u", "filter": {"min_price": 2, "max_price": 1}}, "filter", "not exceed"),
@@ -320,6 +320,14 @@ def test_metrics_count_without_naming_anybody(front):
     ):
         assert f"nextitem_{line}" in text
     assert "somebody" not in text
+
+
+def test_ids_are_trimmed_as_the_lake_trims_them(front):
+    front.post_event(1, "i1")
+    again = front.post_event(1, " i1 ", event_id=" e1 ")
+    blank = front.post_event(2, "i1", event_id="  ")
+
+    assert (again["duplicates"], blank["rejected"]) == (1, 1)
 
 
 def test_documentation_lists_the_contract(front):

@@ -65,7 +65,7 @@ def test_every_answer_is_logged_with_its_id_and_version(open_front, tmp_path):
     log = ExposureLog(str(tmp_path / "exposures"), front.recommender.metrics, every_s=3600)
     front.recommender._exposures = log
     answers = [
-        front.recommend(user_id=7, context={"timestamp": 1_000_000}),
+        front.recommend(user_id=7, context={"timestamp": 1_000_000_000}),
         front.recommend(session_id="s1"),
         front.recommend(user_history=["i1"], top_k=3),
     ]
