@@ -2,7 +2,7 @@
 as training encodes a target's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -35,6 +35,8 @@ class RequestContext:
     """IANA name; None for the shop's own."""
     device: str | None = None
     segment: str | None = None
+    own: Mapping[str, str] = field(default_factory=dict)
+    """Fields of the shop's own, by the names that training knows them by."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,15 @@ def _lane(query: Query, index: ItemIndex, history_len: int) -> _Lane:
     )
 
 
+def _own_values(
+    queries: Sequence[Query], lanes: Sequence[_Lane], name: str
+) -> Iterator[str | None]:
+    """A field of the shop's own: only the request tells it, the events before are not asked."""
+    for query, lane in zip(queries, lanes, strict=True):
+        yield from [None] * (len(lane.items) - 1)
+        yield query.context.own.get(name)
+
+
 def _encode_context(
     queries: Sequence[Query],
     lanes: Sequence[_Lane],
@@ -133,9 +144,8 @@ def _encode_context(
         ),
     }
     columns = {
-        name: encoder.look_up(name, list(values[name]))
+        name: encoder.look_up(name, list(values.get(name) or _own_values(queries, lanes, name)))
         for name in encoder.config.categorical
-        if name in values
     }
     # The clock of a query is its own; nearly always they share one.
     zones = [query.context.timezone for query in queries]

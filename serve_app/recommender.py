@@ -174,6 +174,7 @@ class Recommender:
                 context.timezone,
                 context.device,
                 context.segment,
+                context.own,
             ),
             request.top_k,
             request.filter.exclude_seen,

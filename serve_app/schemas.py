@@ -56,6 +56,14 @@ def _check_extra(value: Any) -> Any:
     raise ValueError("must be a number, true, false, null or a text of at most 128 characters")
 
 
+def _as_text(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def _reject_boolean(value: Any) -> Any:
     # JSON's true is 1 to Python.
     if isinstance(value, bool):
@@ -99,8 +107,8 @@ class RecentEvent(Body):
 
 
 class Context(BaseModel):
-    """What the shop knows now; fields of its own are welcome and ignored by models that do not
-    know them.
+    """What the shop knows now. Fields of its own (`ingest.context`) are welcome; a model that was
+    not trained with one ignores it.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
@@ -111,6 +119,12 @@ class Context(BaseModel):
     timezone: Timezone | None = None
     device: Text | None = None
     segment: Text | None = None
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The fields of the shop's own as text, as the lake has them."""
+        found = (self.__pydantic_extra__ or {}).items()
+        return {name: _as_text(value) for name, value in found if value is not None}
 
     @model_validator(mode="before")
     @classmethod

@@ -186,6 +186,20 @@ def test_what_changes_an_answer_changes_its_key(front, change):
     assert front.ranker.calls == 2
 
 
+def test_fields_of_the_shops_own_reach_the_ranker_as_text(front):
+    asked = []
+
+    async def rank(query, version):
+        asked.append(query.context.own)
+        return RankedList(("i1",), (1.0,), version)
+
+    front.ranker.rank = rank
+    context = {"region": "south", "tier": 3, "score": 2.0, "is_new": True, "none": None}
+    front.recommend(user_history=HISTORY, context=context | {"device": "mobile"})
+
+    assert asked == [{"region": "south", "tier": "3", "score": "2", "is_new": "true"}]
+
+
 def test_same_hour_shares_an_answer_and_the_next_does_not(front):
     front.recommend(user_history=HISTORY)
     front.now_s += 60
