@@ -233,8 +233,8 @@ def _table(found: Findings) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(_table_row, found.rows),
         "",
-        f"{verdict} A ranker that is killed is back after {found.ranker_restart_s:.1f} s; until then "
-        "lists are degraded.",
+        f"{verdict} A ranker that is killed is back after {found.ranker_restart_s:.1f} s; until "
+        "then lists are degraded.",
     ]
 
 
