@@ -115,7 +115,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests a second of the open loop")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the open loop")
     parser.add_argument("--deadline-ms", type=int, default=70)
-    parser.add_argument("--ranker-cpus", type=float, default=1.0, help="also its threads")
+    parser.add_argument("--ranker-cpus", type=float, help="also its threads")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--quick", action="store_true", help="a small model, briefly; no record")
     return parser.parse_args(argv)
@@ -138,7 +138,7 @@ def plan_studies(arguments: argparse.Namespace) -> list[Study]:
                 "backend": "onnx",
                 "cache_size": 0,
                 "deadline_ms": arguments.deadline_ms,
-                "ranker_cpus": arguments.ranker_cpus,
+                "ranker_cpus": arguments.ranker_cpus or (2.0 if is_large else 1.0),
             },
         )
         for codes in ((8, 0) if is_large else (0,))

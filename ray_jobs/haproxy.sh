@@ -4,6 +4,8 @@
 #
 # - A request goes to a replica when its body is there: only then can it go to another one when that
 #   one dies, and a client that sends slowly holds no replica.
+# - Before it goes to another one it may wait for as long as a connection may take: a quarter of a
+#   second here, a whole one there.
 # - Headers by which a client would command Ray Serve are dropped, and so are request ids that are
 #   none: Ray fails on those that are not UTF-8.
 # - What HAProxy answers by itself is a problem as the endpoint's own are; but for the plain 400 to
@@ -39,6 +41,7 @@ again="hdr Retry-After 1"
     problem 503 "Service Unavailable" unavailable "No replica answers at present." "$again"
     problem 504 "Gateway Timeout" unavailable "No replica answered in time." "$again"
     sed -E -e '1,/^defaults$/d' -e '/^ *errorfile /d' \
+        -e 's/^( *timeout connect) .*/\1 250ms/' \
         -e "s/^( *bind )\\*?:($own_ports)\$/\\1$host:\\2/" \
         -e '/^frontend http_frontend$/r /dev/stdin' "$config" <<'RULES'
     http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[A-Za-z0-9_.:-]{1,128}$ }
