@@ -58,6 +58,7 @@ bench: setup  ## the benchmarks behind the README's figures
 	$(BIN)/python -m benchmarks.lake
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.metrics_check
+	$(BIN)/python -m benchmarks.serving
 
 clean:  ## remove the environment and everything that demos wrote
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
+from heapq import nlargest
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ import aiohttp
 import numpy as np
 
 _ROOT = Path(__file__).parents[1]
-_NUM_FAILURES_TOLD = 20
+_NUM_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class LoadResult:
     degraded: int = 0
     short: int = 0
     """2xx answers with fewer entries than asked for."""
+    slowest: tuple[str, ...] = ()
+    """The slowest answers, in words, the slowest first."""
     failures: tuple[str, ...] = ()
     """The first answers that were not 2xx and the first errors, in words."""
     client_cpu_s: float = 0.0
@@ -129,7 +132,8 @@ class LoadResult:
             self.errors + other.errors,
             self.degraded + other.degraded,
             self.short + other.short,
-            (self.failures + other.failures)[:_NUM_FAILURES_TOLD],
+            self.slowest + other.slowest,
+            (self.failures + other.failures)[:_NUM_TOLD],
             self.client_cpu_s + other.client_cpu_s,
         )
 
@@ -275,12 +279,16 @@ class _Account:
         self._sources: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._failures: list[str] = []
+        self._slowest: list[tuple[float, str]] = []
         self._degraded = 0
         self._short = 0
 
     def count(self, status: int, body: bytes, took_s: float, at_s: float) -> None:
         self._latencies_ms.append(round(took_s * 1000, 3))
         self._statuses[str(status)] += 1
+        self._slowest.append((took_s, f"{at_s:.2f} s: {status} after {took_s * 1000:.0f} ms"))
+        if len(self._slowest) > 2 * _NUM_TOLD:
+            self._slowest = nlargest(_NUM_TOLD, self._slowest)
         if not 200 <= status < 300:
             self._tell(f"{at_s:.2f} s: {status} {body[:200]!r}")
             return
@@ -302,12 +310,13 @@ class _Account:
             self._errors,
             self._degraded,
             self._short,
+            tuple(words for _, words in nlargest(_NUM_TOLD, self._slowest)),
             tuple(self._failures),
             cpu_s,
         )
 
     def _tell(self, failure: str) -> None:
-        if len(self._failures) < _NUM_FAILURES_TOLD:
+        if len(self._failures) < _NUM_TOLD:
             self._failures.append(failure)
 
 
@@ -335,7 +344,7 @@ def _part_of(plan: Plan, number: int) -> dict[str, Any]:
 
 def _read_result(found: dict[str, Any]) -> LoadResult:
     counted = {name: Counter(found[name]) for name in ("statuses", "sources", "errors")}
-    lists = {name: tuple(found[name]) for name in ("latencies_ms", "failures")}
+    lists = {name: tuple(found[name]) for name in ("latencies_ms", "slowest", "failures")}
     return LoadResult(**{**found, **counted, **lists})
 
 

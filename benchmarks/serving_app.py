@@ -33,7 +33,7 @@ _ENVIRONMENTS = {
     "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_PROXY_USE_GRPC": "1"},
     "direct": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_PROXY_USE_GRPC": "1"},
 }
-"""Variables of Ray by way; all are cleared of what the caller's environment says of Serve."""
+"""Variables of Ray by way, instead of what the caller's environment says of Serve."""
 
 
 class Endpoint(AbstractContextManager["Endpoint"]):
@@ -43,8 +43,14 @@ class Endpoint(AbstractContextManager["Endpoint"]):
         self._command = [sys.executable, "-m", "benchmarks.serving_app", way, str(registry)]
         self._command += ["--settings", json.dumps(settings)]
         self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("RAY_SERVE_") and name != "OMP_NUM_THREADS"
         } | _ENVIRONMENTS.get(way, {})
+        if way == "bare":
+            # As many as Ray gives the ranker.
+            threads = max(1, int(settings.get("ranker_cpus", 1)))
+            self._environment["OMP_NUM_THREADS"] = str(threads)
         self.url = ""
         self.seconds_to_ready = 0.0
         """From the call that deploys, on a Ray that is up, to the first request that is taken."""

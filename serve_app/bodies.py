@@ -1,12 +1,15 @@
 """Bodies of requests: JSON in UTF-8, each name once in an object, and nothing else."""
 
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+
+from serve_app.problems import printable
 
 
 class JsonRoute(APIRoute):
@@ -51,9 +54,8 @@ def parse_json(body: bytes) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:64]!r} comes twice in one object")
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {printable(twice)!r} comes twice in one object")
     return found
 
 

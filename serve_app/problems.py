@@ -71,9 +71,18 @@ def unsupported_filter(error: FilterError, request_id: str) -> Problem:
 def field_faults(errors: Sequence[Any]) -> list[FieldFault]:
     """At most twenty faults of pydantic, without the input: it may be huge or no JSON at all."""
     return [
-        FieldFault(name=_path(fault["loc"]), message=fault["msg"].removeprefix("Value error, "))
+        FieldFault(
+            name=printable(_path(fault["loc"])),
+            message=printable(fault["msg"].removeprefix("Value error, ")),
+        )
         for fault in errors[:20]
     ]
+
+
+def printable(text: str) -> str:
+    """At most 200 characters of what a client sent, surrogates and control characters escaped."""
+    shown = text if text.isprintable() else repr(text)[1:-1]
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def validation_faults(error: ValidationError) -> list[FieldFault]:

@@ -51,7 +51,9 @@ def _is_timezone(name: str) -> bool:
 def _check_extra(value: Any) -> Any:
     if value is None or (isinstance(value, str) and len(value) <= 128):
         return value
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
     raise ValueError("must be a number, true, false, null or a text of at most 128 characters")
 

@@ -257,11 +257,11 @@ def test_history_that_does_not_answer_is_a_503(open_front, tmp_path):
 
 
 def test_user_ids_may_hold_any_character(front):
-    front.post_event(1, "i1", user_id="shop/7 é")
+    front.post_event(1, "i1", user_id="shop/7\n é")
 
-    response = front.client.get("/v1/users/shop%2F7%20%C3%A9/history")
+    response = front.client.get("/v1/users/shop%2F7%0A%20%C3%A9/history")
 
-    assert response.json()["user_id"] == "shop/7 é"
+    assert response.json()["user_id"] == "shop/7\n é"
     assert len(response.json()["events"]) == 1
 
 
