@@ -24,7 +24,7 @@ def test_overload_is_shed_with_429_and_nothing_else(open_front):
     front.ranker.delay_s = 0.05
     with running(front.app) as port:
         result = run_load(Plan(url_of(port), BODIES, seconds=1, connections=16))
-        shed = front.recommender.metrics.shed._value.get()
+        shed = front.recommender.metrics.shed.labels()._value.get()
 
     assert set(result.statuses) == {"200", "429"}
     assert not result.errors
