@@ -179,8 +179,8 @@ def render(case: Case, record: dict[str, Any]) -> str:
         f"states of width {case.dim} to lists, {HISTORY} items",
         f"left out of each, exact; {case.repeats} repeats. In brackets: how many times as long "
         "torch takes (products, then `topk`)",
-        "in the same process. Memory is the peak of the process, libraries included, or of the "
-        "device.",
+        "in the same process. Memory is the peak while it searches, libraries included, or that of "
+        "the device.",
         f"{record['machine']}; torch {metadata.version('torch')}, numba "
         f"{metadata.version('numba')}.",
         "",
