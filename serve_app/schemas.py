@@ -78,7 +78,14 @@ Text = Annotated[
     str, StringConstraints(strict=True, strip_whitespace=True, min_length=1, max_length=128)
 ]
 Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Text
-Moment = Annotated[AwareDatetime, BeforeValidator(_reject_boolean), AfterValidator(_check_moment)]
+Flag = Annotated[bool, Field(strict=True)]
+Moment = Annotated[
+    AwareDatetime,
+    BeforeValidator(_reject_boolean),
+    AfterValidator(_check_moment),
+    WithJsonSchema({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "number"}]}),
+]
+"""With its offset from UTC, or seconds since 1970."""
 Timezone = Annotated[Text, AfterValidator(_check_timezone)]
 Price = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Items = Annotated[list[Id], Field(max_length=1000)]
@@ -139,13 +146,13 @@ class Context(BaseModel):
 class Filter(Body):
     """What the list may hold."""
 
-    exclude_seen: bool = True
+    exclude_seen: Flag = True
     """Leave out every item of the history."""
     exclude_items: Items = []
     include_categories: Categories = []
     """Only these; empty for all."""
     exclude_categories: Categories = []
-    available_only: bool = False
+    available_only: Flag = False
     min_price: Price | None = None
     max_price: Price | None = None
 
@@ -185,7 +192,7 @@ class RecommendRequest(Body):
     top_k: TopK = 10
     context: Context = Field(default_factory=lambda: Context.model_validate({}))
     filter: Filter = Filter()
-    explain: bool = False
+    explain: Flag = False
     """Say why each item is in the list."""
     timeout_ms: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
 
@@ -206,7 +213,7 @@ class SimilarRequest(Body):
     item_id: Id
     top_k: TopK = 10
     filter: Filter = Filter()
-    explain: bool = False
+    explain: Flag = False
     timeout_ms: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = None
 
 
