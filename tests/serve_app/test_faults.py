@@ -168,6 +168,53 @@ def test_shared_cache_that_is_killed(stage, redis_server):
     assert result.sources["model"] > 0
 
 
+def test_histories_in_a_redis_that_is_killed(registry, tmp_path):
+    events = [
+        {
+            "event_id": f"e{number}",
+            "user_id": f"u{number % 100}",
+            "item_id": f"i{number % 40}",
+            "timestamp": time.time(),
+        }
+        for number in range(200)
+    ]
+    settings = {"history": "redis", "history_path": str(tmp_path / "events.sqlite")}
+    with (
+        running_redis() as redis_server,
+        Endpoint(
+            "haproxy", registry, **settings, redis_url=redis_server.url, cache_size=0
+        ) as endpoint,
+    ):
+        stage = Stage(endpoint, registry, tmp_path)
+        assert stage.post("events", {"events": events[:100]}).json()["accepted"] == 100
+        accepted = []
+
+        def kill():
+            redis_server.kill()
+            accepted.append(stage.post("events", {"events": events[100:]}))
+
+        bodies = [{"user_id": f"u{number}", "top_k": 10} for number in range(100)]
+        result = stage.under_load(kill, bodies=bodies)
+        redis_server.start()
+        wait_for_histories(stage)
+
+    assert_no_page_was_empty(result)
+    assert result.sources["model"] > 0
+    assert result.sources["popular"] > 0
+    assert accepted[0].status_code == 202
+
+
+def wait_for_histories(stage):
+    """Returns when the history of before and the event of the outage are both there."""
+    end = time.monotonic() + 60
+    while True:
+        answer = httpx.get(f"{stage.url}/v1/users/u7/history", timeout=60)
+        if answer.status_code == 200 and len(answer.json()["events"]) == 2:
+            return
+        assert time.monotonic() < end, answer.text
+        time.sleep(0.2)
+
+
 def test_version_that_is_damaged_at_its_swap(stage):
     def promote_damaged():
         shutil.copytree(stage.registry / "v2", stage.registry / "v3")
@@ -192,16 +239,24 @@ def test_version_that_takes_over_and_is_rolled_back(stage):
     assert_no_page_was_empty(result)
 
 
-def test_histories_of_a_file_that_another_process_locks(stage):
+def test_event_log_that_another_process_locks(stage):
+    refused = []
+
     def lock():
         connection = sqlite3.connect(stage.folder / "history.sqlite", check_same_thread=False)
         connection.execute("BEGIN EXCLUSIVE")
-        threading.Timer(3.0, connection.close).start()
+        refused.append(stage.post("events", {"events": [event]}))
+        connection.close()
 
+    event = {"event_id": "locked", "user_id": "u1", "item_id": "i1", "timestamp": time.time()}
     bodies = [{"user_id": f"u{number}"} for number in range(100)]
     result = stage.under_load(lock, bodies=bodies)
+    accepted = stage.post("events", {"events": [event]})
 
     assert_no_page_was_empty(result)
+    assert (refused[0].status_code, refused[0].json()["code"]) == (503, "unavailable")
+    assert refused[0].headers["Retry-After"]
+    assert accepted.json()["accepted"] == 1
 
 
 def test_rankers_that_come_and_go_with_the_load(stage):
