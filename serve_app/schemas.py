@@ -83,9 +83,14 @@ Moment = Annotated[
     AwareDatetime,
     BeforeValidator(_reject_boolean),
     AfterValidator(_check_moment),
-    WithJsonSchema({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "number"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "string"}, {"type": "number"}],
+            "description": "ISO 8601 with its offset from UTC, or seconds since 1970.",
+            "examples": ["2026-01-05T10:00:00Z"],
+        }
+    ),
 ]
-"""With its offset from UTC, or seconds since 1970."""
 Timezone = Annotated[Text, AfterValidator(_check_timezone)]
 Price = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Items = Annotated[list[Id], Field(max_length=1000)]

@@ -80,6 +80,8 @@ def test_short_path_answers_as_the_long_one(front):
         ({"user_id": "u", "context": {"x": "y" * 129}}, "context.x", "at most 128"),
         ({"user_id": "u", "filter": {"min_price": 2, "max_price": 1}}, "filter", "not exceed"),
         ({"user_id": "u", "timeout_ms": 0}, "timeout_ms", "greater than or equal to 1"),
+        ({"user_id": "u", "explain": 1}, "explain", "valid boolean"),
+        ({"user_id": "u", "filter": {"exclude_seen": "no"}}, "filter.exclude_seen", "boolean"),
     ],
 )
 def test_wrong_fields_are_named(front, body, field, words):
