@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
-from pyarrow.fs import SubTreeFileSystem
+from pyarrow.fs import FileType, SubTreeFileSystem
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError, TableError
@@ -89,6 +89,29 @@ def open_table(lake_uri: str, name: str, options: Mapping[str, str] | None = Non
         raise TableError(
             f"There is no table {name!r} in {lake_uri}; run ray_jobs.{job} first."
         ) from None
+
+
+def open_version(
+    lake_uri: str, name: str, version: int, options: Mapping[str, str] | None = None
+) -> DeltaTable:
+    """A table as it was. Raises: TableError when what the version needs was deleted."""
+    table = open_table(lake_uri, name, options)
+    if table.version() == version:
+        return table
+    try:
+        with reaching(table.table_uri, options):
+            table.load_as_version(version)
+            is_whole = _has_all_files(table, options)
+    except DeltaError:
+        # The log no longer reaches back so far, or was begun anew.
+        is_whole = False
+    if not is_whole:
+        raise TableError(
+            f"Version {version} of the table {name!r} can no longer be read, for a vacuum deleted "
+            "what it needs; start a run of another name on the newest version, and raise "
+            "maintain.retention_hours so that versions last longer."
+        )
+    return table
 
 
 def create_table(
@@ -259,6 +282,12 @@ def _listed_files(table: DeltaTable) -> dict[str, dict[str, Any]]:
     listed = actions.select(["path", "size_bytes", *partitions]).to_pylist()
     root = table.table_uri.rstrip("/")
     return {f"{root}/{file['path']}": file for file in listed}
+
+
+def _has_all_files(table: DeltaTable, options: Mapping[str, str] | None) -> bool:
+    filesystem, root = locate(table.table_uri, options)
+    paths = [f"{root.rstrip('/')}/{unquote(f['path'])}" for f in _listed_files(table).values()]
+    return all(found.type == FileType.File for found in filesystem.get_file_info(paths))
 
 
 def _remove_actions(table: DeltaTable, uris: Sequence[str]) -> list[RemoveAction]:

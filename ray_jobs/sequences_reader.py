@@ -11,7 +11,13 @@ from deltalake import DeltaTable
 
 from data_lake.errors import TableError
 from data_lake.parquet import read_files
-from data_lake.tables import files_by_bucket, open_table, read_table, table_exists
+from data_lake.tables import (
+    files_by_bucket,
+    open_table,
+    open_version,
+    read_table,
+    table_exists,
+)
 from ray_jobs.config import PipelineConfig
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
@@ -58,11 +64,9 @@ class Learned:
 def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaTable:
     """The sequences table, at a version or as it is now.
 
-    Raises: TableError when it is missing or empty.
+    Raises: TableError when it is missing or empty, or the version was vacuumed.
     """
-    table = open_table(config.storage.lake_uri, "sequences", config.storage.options)
-    if version is not None:
-        table.load_as_version(version)
+    table = _open(config, "sequences", version)
     if not table.file_uris():
         raise TableError(
             "The sequences table is empty; ingest more events or loosen [sequences], then run "
@@ -72,7 +76,10 @@ def open_sequences(config: PipelineConfig, version: int | None = None) -> DeltaT
 
 
 def learn_vocabulary(
-    sequences: DeltaTable, config: PipelineConfig, new_since_s: int | None = None
+    sequences: DeltaTable,
+    config: PipelineConfig,
+    new_since_s: int | None = None,
+    items_version: int | None = None,
 ) -> Learned:
     """The catalogue (items of all sequences, their training counts, their attributes) and the
     values that the context fields take in training.
@@ -82,6 +89,7 @@ def learn_vocabulary(
 
     Args:
         new_since_s: only events from then on, in seconds since the epoch, are training targets.
+        items_version: of the items table; None: as it is now.
     """
     counted = _buckets(sequences).map_batches(
         _count_bucket,
@@ -101,7 +109,7 @@ def learn_vocabulary(
     )
 
     of_items = counts.filter(pc.equal(counts["field"], "item_id"))
-    items, attributes = _open_items(config), config.train.attributes
+    items, attributes = _open_items(config, items_version), config.train.attributes
     catalogue = Catalogue.build(
         of_items["item_id"].combine_chunks(),
         of_items["count_sum"].to_numpy(),
@@ -263,7 +271,14 @@ def _as_counts(counts: pa.Table) -> dict[str, int]:
     return dict(zip(counts["value"].to_pylist(), counts["count_sum"].to_pylist(), strict=True))
 
 
-def _open_items(config: PipelineConfig) -> DeltaTable | None:
+def _open(config: PipelineConfig, name: str, version: int | None) -> DeltaTable:
+    lake_uri, options = config.storage.lake_uri, config.storage.options
+    if version is None:
+        return open_table(lake_uri, name, options)
+    return open_version(lake_uri, name, version, options)
+
+
+def _open_items(config: PipelineConfig, version: int | None) -> DeltaTable | None:
     storage = config.storage
     if not table_exists(storage.lake_uri, "items", storage.options):
         if config.train.attributes.fields:
@@ -272,4 +287,4 @@ def _open_items(config: PipelineConfig) -> DeltaTable | None:
                 "[[ingest.items]] first, or leave train.attributes out."
             )
         return None
-    return open_table(storage.lake_uri, "items", storage.options)
+    return _open(config, "items", version)

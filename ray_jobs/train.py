@@ -51,6 +51,8 @@ from recsys.targets import find_targets
 
 log = logging.getLogger(__name__)
 
+_VERSIONS = "versions.json"
+
 
 def run(config: PipelineConfig) -> Report:
     """Trains, and writes the run folder. Raises: JobError, TableError, TrainingError."""
@@ -60,22 +62,26 @@ def run(config: PipelineConfig) -> Report:
     scaling = _scaling(config)
     start = open_start(config, recipe, run_folder)
     new_since_s = None if start is None else start.new_since_s
-    sequences = open_sequences(config)
-    learned = learn_vocabulary(sequences, config, new_since_s)
+    began_with = _read_versions(run_folder)
+    sequences = open_sequences(config, began_with.get("sequences_version"))
+    learned = learn_vocabulary(sequences, config, new_since_s, began_with.get("items_version"))
     vocabulary = learned.vocabulary
     find_targets(config.train.targets, vocabulary.context)  # those that nobody knows are refused
     _refuse_untrainable(learned, start)
     _refuse_unknown_columns(recipe, vocabulary)
     tokens = load_tokens(sequences, config, vocabulary)
 
-    run_folder.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "sequences_version": sequences.version(),
+        "items_version": learned.items_version,
+    }
+    _keep_versions(run_folder, versions)
     weights = None if start is None else start.write(run_folder, vocabulary, config.seed)
     plan = WorkerPlan(config, recipe, vocabulary, new_since_s, weights)
     result = _fit(plan, run_folder, tokens, scaling)
     best_weights, metrics = _read_best(result.best_checkpoints)
     facts = {
-        "sequences_version": sequences.version(),
-        "items_version": learned.items_version,
+        **versions,
         "trained_until_us": learned.trained_until_us,
         "started_from": None if start is None else start.facts(),
         "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
@@ -225,6 +231,21 @@ def _write_run(
     latest = folder.parent / f".LATEST-{os.getpid()}"
     latest.write_text(folder.name)
     os.replace(latest, folder.parent / "LATEST")
+
+
+def _read_versions(folder: Path) -> dict[str, int | None]:
+    """The versions of the tables that a run began with; none of a run that has yet to begin."""
+    path = folder / _VERSIONS
+    versions: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+    return versions
+
+
+def _keep_versions(folder: Path, versions: dict[str, int | None]) -> None:
+    """Whatever the lake holds when the run goes on, it goes on with these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{_VERSIONS}-{os.getpid()}"
+    temporary.write_text(json.dumps(versions))
+    os.replace(temporary, folder / _VERSIONS)
 
 
 def _run_folder(config: PipelineConfig) -> Path:

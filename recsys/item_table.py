@@ -8,6 +8,7 @@ row with states.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +91,8 @@ class CodedTable(nn.Module):
     """Vectors put together from centroids, of which the codes of an item choose one each (RecJPQ:
     Petrov & Macdonald, 2024, doi:10.1145/3616855.3635821). Only the centroids are learned.
 
-    Codes are drawn at random until others are given, see `item_codes`. They are part of the
-    weights, which is all that a published model needs. The vector of the padding is zero.
+    Codes are drawn at random until others are loaded, see `item_codes`, or come with the weights,
+    of which they are a part: all that a published model needs. The vector of the padding is zero.
     """
 
     touched = None
@@ -105,7 +106,15 @@ class CodedTable(nn.Module):
         self.starts_C: Tensor
         self.register_buffer("codes", torch.randint(V, (num_rows, C), dtype=torch.uint8))
         self.register_buffer("starts_C", torch.arange(C, dtype=torch.int32) * V, persistent=False)
+        self.has_codes = False
+        """Whether the codes mean anything: False as long as they are those that were drawn."""
+        self.register_load_state_dict_post_hook(_find_codes)  # type: ignore[no-untyped-call]
         self.reset_parameters()
+
+    def load_codes(self, codes_IC: Tensor) -> None:
+        """Takes the codes of all rows, uint8."""
+        self.codes.copy_(codes_IC)
+        self.has_codes = True
 
     def reset_parameters(self) -> None:
         """As vectors of their own begin."""
@@ -162,6 +171,11 @@ class CodedTable(nn.Module):
         missing = max(0, _LEAST_STATES - len(hidden_GD))
         parts_GCE = F.pad(hidden_GD.float(), (0, 0, 0, missing)).view(-1, C, E)
         return (self.centroids @ parts_GCE.permute(1, 2, 0)).flatten(0, 1)
+
+
+def _find_codes(table: CodedTable, loaded: Any) -> None:
+    """Weights that were loaded had codes among them, unless these are named as missing."""
+    table.has_codes = not any(name.endswith(".codes") for name in loaded.missing_keys)
 
 
 class ItemFeatures(nn.Module):

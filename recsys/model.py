@@ -72,8 +72,8 @@ class NextItemModel(nn.Module):
         whole = num_rows, config.dim, features, config.item_codes
         self.items = make_table(*whole)
         self.outputs = make_table(*whole) if config.separate_output else None
-        if isinstance(self.items, CodedTable):
-            self.load_codes(self.items.codes)
+        if isinstance(self.items, CodedTable) and isinstance(self.outputs, CodedTable):
+            self.outputs.codes.copy_(self.items.codes)
         self.item_bias = nn.Parameter(torch.zeros(num_rows))
         self.attribute_bias = AttributeBias(features) if features is not None else None
         self.positions = nn.Embedding(config.max_len, config.dim)
@@ -127,7 +127,12 @@ class NextItemModel(nn.Module):
         """Takes the codes of all rows, uint8, as `item_codes.learn_codes` gives them."""
         for table in self._tables:
             if isinstance(table, CodedTable):
-                table.codes.copy_(codes_IC)
+                table.load_codes(codes_IC)
+
+    @property
+    def lacks_codes(self) -> bool:
+        """Whether items are put together from codes that nobody has loaded."""
+        return any(isinstance(table, CodedTable) and not table.has_codes for table in self._tables)
 
     def hide_ids(self, generator: torch.Generator) -> None:
         """Draws whose ids are hidden in the next training step; nothing without attributes."""

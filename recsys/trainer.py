@@ -170,8 +170,9 @@ class Trainer:
         """Trains an epoch, or what is left of it, on every rank; then validates where it is due.
 
         `after_step` is called on every rank after each step; a checkpoint taken in it goes on right
-        there.
+        there. Raises: TrainingError when the model has item codes that nobody loaded.
         """
+        self._refuse_random_codes()
         self._progress.started = time.perf_counter()
         self.model.train()
         first = self.step
@@ -345,6 +346,14 @@ class Trainer:
                 f"A batch of {self.recipe.batch_size} windows cannot be shared by "
                 f"{self.world_size} workers in {self.config.micro_batches} parts each; raise "
                 "batch_size or lower train.num_workers."
+            )
+
+    def _refuse_random_codes(self) -> None:
+        if self.model.lacks_codes:
+            raise TrainingError(
+                "The recipe has model.item_codes and nobody learned them, so that items would keep "
+                "random ones; pass those of item_codes.learn_codes to model.load_codes, or restore "
+                "a checkpoint."
             )
 
     def _learning_rate(self) -> float:

@@ -29,6 +29,7 @@ from data_lake.tables import (
     last_metadata,
     num_buckets_of,
     open_table,
+    open_version,
     read_table,
     table_exists,
     table_uri,
@@ -138,6 +139,23 @@ def test_two_writers_cannot_commit_the_same_transaction(lake):
     commit_parts(first, [], transactions=[("file:a", 1)])
     with pytest.raises(ConflictError, match="run this one again"):
         commit_parts(second, [], transactions=[("file:a", 1)])
+
+
+def test_a_version_is_read_as_it_was_until_its_files_are_deleted(lake):
+    table = create_users(lake)
+    first = write_part(lake, "users", some_users(1), 0)
+    version = commit_parts(table, [first])
+    (file,), old = Path(lake).rglob("*.parquet"), files_by_bucket(table)[0]
+    commit_parts(table, [write_part(lake, "users", some_users(2), 0)], removes=old)
+    assert read_table(open_version(lake, "users", version))["user_id"].to_pylist() == [1]
+    assert open_version(lake, "users", version + 1).version() == version + 1
+
+    file.unlink()
+    message = rf"Version {version} of the table 'users' .* raise maintain.retention_hours"
+    with pytest.raises(TableError, match=message):
+        open_version(lake, "users", version)
+    with pytest.raises(TableError, match="Version 99 of the table 'users'"):
+        open_version(lake, "users", 99)
 
 
 def test_files_are_found_by_bucket(lake):

@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.train import Checkpoint
 
+from data_lake.errors import TableError
 from data_lake.storage import list_folder
 from ray_jobs import build_sequences, evaluate, generate, ingest, train
 from ray_jobs.errors import ConfigError, JobError
@@ -149,6 +150,37 @@ def test_a_finished_run_is_not_overwritten(tiny):
         JobError, match=r"'done' is finished already; give train.name another value"
     ):
         train.run(_with_train(tiny, name="done"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_goes_on_with_the_sequences_that_it_began_with(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "train.name=phoenix")
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    read = []
+
+    def cut_off(plan, folder, tokens, scaling):
+        read.append((tokens.count(), plan.vocabulary.catalogue.num_items))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_fit", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    longer = config.sequences.model_copy(update={"min_events": 15})
+    build_sequences.run(config.model_copy(update={"sequences": longer}))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(_with_train(config, name="later"))
+    began, resumed, later = read
+    assert resumed == began
+    assert later[0] < began[0]
+
+    run = tmp_path / "synthetic" / "runs" / "phoenix"
+    (run / "versions.json").write_text('{"sequences_version": 77, "items_version": null}')
+    with pytest.raises(TableError, match="Version 77 of the table 'sequences' can no longer be"):
+        train.run(config)
 
 
 @pytest.mark.slow

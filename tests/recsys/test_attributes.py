@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from recsys import attributes
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder, AttributesConfig
 from recsys.catalogue import Catalogue
 from recsys.errors import CatalogueError
@@ -49,6 +50,26 @@ def test_an_item_may_have_many_values_and_has_each_once(kind):
     catalogue = make_catalogue(genres=genres)
     encoder = learn(catalogue, categorical=("genres",))
     assert codes_by_item(encoder, catalogue) == [[1, 2], [0], [0]]
+
+
+def test_codes_are_those_of_unique_pairs_whatever_the_columns(monkeypatch):
+    rng, num_items = np.random.default_rng(0), 2_000
+    tags = [rng.integers(0, 30, rng.integers(0, 5)).astype(str).tolist() for _ in range(num_items)]
+    catalogue = make_catalogue(
+        rng.integers(0, 3, num_items),
+        brand=pa.array(rng.integers(0, 300, num_items), mask=rng.random(num_items) < 0.1),
+        category=rng.integers(0, 50, num_items).astype(str).tolist(),
+        tags=tags,
+        price=pa.array(rng.random(num_items), mask=rng.random(num_items) < 0.1),
+    )
+    encoder = learn(
+        catalogue, categorical=("tags", "brand", "category"), bands=("price",), max_values=40
+    )
+    fast = encoder.encode(catalogue)
+    monkeypatch.setattr(attributes, "_sorted_once", np.unique)
+    slow = encoder.encode(catalogue)
+    assert np.array_equal(fast.codes, slow.codes)
+    assert np.array_equal(fast.offsets_I, slow.offsets_I)
 
 
 def test_values_beyond_the_most_frequent_are_unknown():

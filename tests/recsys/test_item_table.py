@@ -425,6 +425,18 @@ def test_codes_are_part_of_the_weights_and_bring_the_table_back():
     assert torch.equal(other.output_table_ID, model.output_table_ID)
 
 
+def test_codes_mean_something_once_they_were_loaded():
+    model, weights = make_coded_model(), make_coded_model().state_dict()
+    assert model.lacks_codes
+    del weights["items.codes"]
+    model.load_state_dict(weights, strict=False)
+    assert model.lacks_codes
+    with pytest.raises(RuntimeError, match=r"items\.codes"):
+        model.load_state_dict(weights)
+    model.load_state_dict(make_coded_model().state_dict())
+    assert not model.lacks_codes
+
+
 def test_a_coded_table_is_as_small_as_its_centroids_and_a_byte_a_code():
     table = CodedTable(100_000, 64, ItemCodesConfig())
     assert sum(parameter.numel() for parameter in table.parameters()) == 256 * 64

@@ -232,6 +232,20 @@ def test_only_new_events_are_learned_and_old_ones_are_read():
         make_trainer(store=store, data={"new_since_s": 2_000})
 
 
+def test_item_codes_that_nobody_loaded_are_refused(tmp_path):
+    overrides = {"model": {"item_codes": {"length": 4}, "separate_output": True}}
+    trainer = make_trainer(overrides=overrides)
+    with pytest.raises(TrainingError, match=r"nobody learned them, .* model.load_codes"):
+        trainer.train_epoch()
+    trainer.model.load_codes(torch.zeros(_NUM_ITEMS + 2, 4, dtype=torch.uint8))
+    trainer.train_epoch()
+
+    save_checkpoint(tmp_path, trainer)
+    resumed = make_trainer(overrides=overrides)
+    load_checkpoint(tmp_path, resumed)
+    resumed.train_epoch()
+
+
 def test_training_stops_when_validation_no_longer_improves():
     trainer = make_trainer(max_epochs=50, patience=1)
     trainer.best_ndcg10 = 2.0  # no NDCG reaches it
