@@ -29,10 +29,6 @@ def test_the_image_runs_as_somebody_and_holds_what_it_copies():
         for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
         for name in line.split()[:-1]
     ]
-        name
-        for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
-        for name in line.split()[:-1]
-    ]
     allowed = (CLUSTER.parent / ".dockerignore").read_text().splitlines()
     for name in copied:
         assert (CLUSTER.parent / name).exists()
