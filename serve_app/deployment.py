@@ -3,11 +3,8 @@
 serve run serve_app.deployment:build registry=/srv/registry history_path=/srv/history.sqlite
 """
 
-import asyncio
 import os
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,8 @@ from ray.serve import metrics as ray_metrics
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from recsys.artifact import load_artifact
-from recsys.encoders import variant_file
-from recsys.errors import ArtifactError
 from recsys.queries import Query
-from recsys.ranker import RankedList, Ranker, RankerInfo, SimilarQuery
+from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from recsys.registry import read_serving
 from serve_app.api import create_app
 from serve_app.errors import RankerSaturatedError, RankerUnavailableError
@@ -33,99 +27,18 @@ from serve_app.history_stores.seeds import find_seed, load_seed
 from serve_app.intake import open_intake
 from serve_app.metrics import MULTIPROCESS_DIR, Metrics
 from serve_app.model import Model
+from serve_app.ranker_host import RankerHost
 from serve_app.recommender import Recommender
 from serve_app.settings import Settings
 from serve_app.shared_cache import open_shared_cache
 from serve_app.versions import Versions
 
 
-class RankerDeployment:
-    """The `Ranker` of every version that serves. It is warm before Serve sends it the first
-    request, and so is a new version before it takes over.
-    """
+class RankerDeployment(RankerHost):
+    """Rankers behind a handle of Serve. Serve sends the first request when they are warm."""
 
     def __init__(self, settings: Settings) -> None:
-        self._metrics = Metrics("ranker", ray_metrics)
-        self._versions = Versions(
-            settings.registry,
-            partial(_load_ranker, settings=settings),
-            pinned=settings.version,
-            on_change=self._metrics.serve,
-            on_failure=lambda version: self._metrics.model_failures.labels("ranker").inc(),
-        )
-        self._versions.watch(settings.registry_poll_s)
-        self._rank_batch.set_max_batch_size(settings.max_batch_size)
-        # One batch at a time: two would only share the same cores.
-        self._turn = asyncio.Lock()
-        self._num_waiting = 0
-        self._broken: Exception | None = None
-
-    async def rank(self, query: Query, version: str) -> RankedList:
-        with self._waiting():
-            ranked: RankedList = await self._rank_batch((query, version))
-        return ranked
-
-    async def similar(self, query: SimilarQuery, version: str) -> RankedList:
-        with self._waiting():
-            return (await self._run(self._versions.get(version).similar, [query]))[0]
-
-    async def describe(self) -> RankerInfo:
-        return self._versions.champion.info
-
-    def check_health(self) -> None:
-        """Raises what broke the ranker, so that Serve starts another in its place."""
-        if self._broken is not None:
-            raise self._broken
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        self._num_waiting += 1
-        self._metrics.waiting.set(self._num_waiting)
-        try:
-            yield
-        finally:
-            self._num_waiting -= 1
-            self._metrics.waiting.set(self._num_waiting)
-
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
-    async def _rank_batch(self, asked: list[tuple[Query, str]]) -> list[RankedList]:
-        rankers = [self._versions.get(version) for _, version in asked]
-        answers: dict[int, RankedList] = {}
-        for ranker in dict.fromkeys(rankers):
-            places = [place for place, one in enumerate(rankers) if one is ranker]
-            ranked = await self._run(ranker.rank, [asked[place][0] for place in places])
-            answers.update(zip(places, ranked, strict=True))
-        return [answers[place] for place in range(len(asked))]
-
-    async def _run(
-        self, rank: Callable[[list[Any]], list[RankedList]], queries: list[Any]
-    ) -> list[RankedList]:
-        async with self._turn:
-            started = time.perf_counter()
-            try:
-                ranked = await asyncio.to_thread(rank, queries)
-            except (RuntimeError, ArtifactError) as error:
-                # The device failed or ran out of memory, or weights are no numbers.
-                self._broken = error
-                raise RankerUnavailableError(str(error)) from error
-            self._metrics.batch_size.observe(len(queries))
-            self._metrics.batch_seconds.observe(time.perf_counter() - started)
-            return ranked
-
-
-def _load_ranker(folder: Path, settings: Settings) -> Ranker:
-    backend = settings.backend
-    if backend == "auto":
-        is_exported = (folder / variant_file(settings.variant)).is_file()
-        backend = "onnx" if is_exported else "torch"
-    ranker = Ranker(
-        load_artifact(folder),
-        device=settings.device,
-        backend=backend,
-        **settings.ranker_options,
-    )
-    ranker.warm_up()
-    return ranker
+        super().__init__(settings, Metrics("ranker", ray_metrics))
 
 
 class ServeRanker:
@@ -150,9 +63,12 @@ class ServeRanker:
 
 
 class Ingress:
-    """One process of the HTTP endpoint. Raises SettingsError and ArtifactError at its start."""
+    """One process of the HTTP endpoint, with a ranker of its own where it is given none.
 
-    def __init__(self, settings: Settings, ranker: DeploymentHandle) -> None:
+    Raises: SettingsError and ArtifactError at its start.
+    """
+
+    def __init__(self, settings: Settings, ranker: DeploymentHandle | None) -> None:
         metrics = Metrics("ingress", ray_metrics)
         versions = Versions(
             settings.registry,
@@ -161,6 +77,7 @@ class Ingress:
             on_change=metrics.serve,
             on_failure=lambda version: metrics.model_failures.labels("ingress").inc(),
         )
+        self._host = RankerHost(settings, metrics) if ranker is None else None
         self._intake = open_intake(settings)
         seed = find_seed(settings.history_seed, settings.registry / versions.serving.champion)
         if seed is not None:
@@ -170,12 +87,17 @@ class Ingress:
         self._recommender = Recommender(
             versions,
             self._intake.history,
-            ServeRanker(ranker),
+            self._host or ServeRanker(ranker),
             settings,
             metrics,
             shared_cache=open_shared_cache(settings),
             exposures=open_exposures(settings, metrics),
         )
+
+    def check_health(self) -> None:
+        """Raises what broke the ranker inside."""
+        if self._host is not None:
+            self._host.check_health()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._recommender, self._intake, self._settings, echo_request_id=False)
@@ -199,17 +121,29 @@ def build(args: dict[str, Any]) -> Application:
         read_serving(settings.registry)
     # One folder for the processes of a node, which is where their sums are read.
     environment = {"env_vars": {MULTIPROCESS_DIR: str(settings.metrics_dir)}}
-    ranker = serve.deployment(
+    is_inside = settings.ranker == "inside"
+    options = {"num_cpus": settings.ranker_cpus, "num_gpus": settings.ranker_gpus}
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        # The gate inside sheds with 429 and a problem; Serve's own bound lies beyond it.
+        max_ongoing_requests=2 * settings.max_in_flight,
+        health_check_period_s=2,
+        ray_actor_options={"runtime_env": environment, **(options if is_inside else {})},
+    ).bind(settings, None if is_inside else _bind_ranker(settings, options, environment))
+
+
+def _bind_ranker(
+    settings: Settings, options: dict[str, Any], environment: dict[str, Any]
+) -> Application:
+    return serve.deployment(
         RankerDeployment,
         name="Ranker",
         max_ongoing_requests=4 * settings.max_batch_size,
         # Beyond these a request is better answered by the next rung than late.
         max_queued_requests=4 * settings.max_batch_size,
-        ray_actor_options={
-            "num_cpus": settings.ranker_cpus,
-            "num_gpus": settings.ranker_gpus,
-            "runtime_env": environment,
-        },
+        ray_actor_options={**options, "runtime_env": environment},
         autoscaling_config={
             "min_replicas": settings.min_rankers,
             "max_replicas": max(settings.min_rankers, settings.max_rankers),
@@ -220,20 +154,14 @@ def build(args: dict[str, Any]) -> Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,
     ).bind(settings)
-    return serve.deployment(
-        serve.ingress()(Ingress),
-        name="Ingress",
-        num_replicas=settings.ingress_replicas,
-        # The gate inside sheds with 429 and a problem; Serve's own bound lies beyond it.
-        max_ongoing_requests=2 * settings.max_in_flight,
-        ray_actor_options={"runtime_env": environment},
-    ).bind(settings, ranker)
 
 
 async def _call(call: Callable[[], Awaitable[Any]]) -> Any:
     try:
         return await call()
     except RayTaskError as error:
+        if isinstance(error.cause, RankerSaturatedError):
+            raise RankerSaturatedError(str(error.cause)) from error
         if isinstance(error.cause, RankerUnavailableError | RayServeException):
             raise RankerUnavailableError(str(error.cause)) from error
         raise

@@ -105,6 +105,10 @@ class Settings(BaseModel):
     max_in_flight: int = Field(256, ge=1)
     """Requests that one ingress replica works on; more are shed with 429."""
 
+    ranker: Literal["deployment", "inside"] = "deployment"
+    """deployment: rankers are replicas of their own, on GPUs or other machines, and as many as the
+    load asks for. inside: each ingress replica ranks by itself, without the way to another process;
+    for models that a CPU ranks within milliseconds."""
     device: str = "auto"
     """Of the ranker: auto, cpu, cuda."""
     backend: Literal["auto", "torch", "onnx"] = "auto"

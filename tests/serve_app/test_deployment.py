@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError
 from recsys.registry import promote, roll_back
 from serve_app.deployment import Ingress, RankerDeployment, ServeRanker, build
 from serve_app.errors import RankerSaturatedError, RankerUnavailableError, SettingsError
+from serve_app.schemas import RecommendRequest
 from serve_app.settings import Settings
 
 pytestmark = pytest.mark.ray
@@ -281,6 +282,20 @@ def test_ingress_knows_seeded_users_from_its_first_request(registry, tmp_path):
 
     assert [event.item_id for event in events] == ["i1", "i2"]
     assert ingress.__serve_build_asgi_app__().title == "nextitem"
+
+
+def test_ingress_may_rank_by_itself(registry, tmp_path):
+    settings = Settings(
+        registry=registry, history_path=tmp_path / "history.sqlite", ranker="inside"
+    )
+    ingress = Ingress(settings, None)
+    request = RecommendRequest(user_history=HISTORY, timeout_ms=5000)
+    answer = asyncio.run(ingress._recommender.recommend(request))
+    asyncio.run(ingress._intake.close())
+    ingress._host.close()
+
+    ingress.check_health()
+    assert (answer.source, answer.degraded) == ("model", False)
 
 
 @pytest.mark.parametrize(
