@@ -19,7 +19,6 @@ from serve_app.metrics import Metrics
 from serve_app.settings import Settings
 from serve_app.versions import Versions
 
-
 _Call = Callable[[list[Any]], list[RankedList]]
 
 
@@ -88,7 +87,7 @@ class RankerHost:
         for place, (query, version) in enumerate(asked):
             ranker = self._versions.get(version)
             is_similar = isinstance(query, SimilarQuery)
-            call: _Call = ranker.similar if is_similar else ranker.rank  # type: ignore[assignment]
+            call: _Call = ranker.similar if is_similar else ranker.rank
             calls.setdefault(call, []).append(place)
         answers: dict[int, RankedList] = {}
         for call, places in calls.items():
