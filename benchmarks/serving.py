@@ -10,7 +10,8 @@ more time than the deployment's deadline, so that an answer of a lower rung coun
 Server and load share the cores of one machine.
 
 Writes `benchmarks/results/serving.md` and `.json`, for 2 M items `serving-2000000.md`; the last
-line printed is one JSON object: the open loop of the first table by the default way.
+line printed is one JSON object: the open loop of the first table, with the ranker inside the
+ingress where that was measured.
 """
 
 import argparse
@@ -88,7 +89,8 @@ class Findings:
 
     def summary(self) -> dict[str, Any]:
         """What is held against the goals."""
-        found, bare_ms = self.at_rate("haproxy"), self.at_rate("bare").percentile_ms(50)
+        fastest: Way = "inside" if "inside" in self.study.ways else "haproxy"
+        found, bare_ms = self.at_rate(fastest), self.at_rate("bare").percentile_ms(50)
         figures = found.figures()
         # A list of a lower rung comes without the model, and is no match for one of the bare model.
         is_comparable = found.degraded_share <= 0.01
@@ -124,7 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def plan_studies(arguments: argparse.Namespace) -> list[Study]:
     """One study, or one for each kind of table of a large catalogue."""
     is_large = arguments.items >= LARGE
-    ways = ("haproxy", "bare") if is_large or arguments.quick else tuple(arguments.ways)
+    brief: tuple[Way, ...] = ("inside", "haproxy", "bare")
+    ways = brief if is_large or arguments.quick else tuple(arguments.ways)
     sizes = _QUICK if arguments.quick else {}
     return [
         Study(
@@ -168,7 +171,7 @@ def measure(study: Study) -> Findings:
 def _plans(
     study: Study, way: Way, url: str, bodies: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Plan]]:
-    is_main = way in ("haproxy", "bare")
+    is_main = way in ("inside", "haproxy", "bare")
     seconds = study.seconds if is_main else study.seconds / 3
     at_rate = Plan(url, bodies, seconds, study.rate, connections=256, top_k=study.top_k)
     yield f"open, {study.rate:g}/s", at_rate
@@ -213,7 +216,8 @@ def render(findings: list[Findings]) -> str:
         f"`{command}{f' --items {items}' if items >= LARGE else ''}` on {machine()}; {versions}.",
         "Random weights, cache off, load from a process of its own on the same cores. `open`",
         "counts latency from the moment a request was due; `ready` is from the deployment to the",
-        "first request taken.",
+        "first request taken. `inside` is HAProxy and an ingress that ranks by itself; the other",
+        "ways have a ranker of its own deployment.",
     ]
     for found in findings:
         lines += ["", f"## {found.study.shape}, top {found.study.top_k}", "", *_table(found)]
@@ -223,8 +227,8 @@ def render(findings: list[Findings]) -> str:
 def _table(found: Findings) -> list[str]:
     summary = found.summary()
     verdict = (
-        f"At {found.study.rate:g}/s the stack takes {summary['overhead']} times the "
-        f"{summary['bare_p50_ms']} ms of the bare model at the median."
+        f"At {found.study.rate:g}/s the stack (the first way) takes {summary['overhead']} times "
+        f"the {summary['bare_p50_ms']} ms of the bare model at the median."
         if summary["overhead"] is not None
         else f"At {found.study.rate:g}/s too many lists came without the model to be compared."
     )

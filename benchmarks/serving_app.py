@@ -4,7 +4,8 @@
         run_load(Plan(endpoint.url, ...))
 
 Ways of serving: `haproxy`, `proxy`, `grpc` and `direct` are the whole stack on a Ray of its own, by
-another road from the port to the ingress each; `bare` is the same model in the same ONNX Runtime,
+another road from the port to the ingress each, and the ranker is a deployment of its own; `inside`
+is `haproxy` with the ranker inside the ingress; `bare` is the same model in the same ONNX Runtime,
 called by an endpoint of four lines under uvicorn.
 """
 
@@ -22,13 +23,15 @@ from typing import Any, Literal, Self, get_args
 
 import httpx
 
-Way = Literal["haproxy", "proxy", "grpc", "direct", "bare"]
+Way = Literal["inside", "haproxy", "proxy", "grpc", "direct", "bare"]
 WAYS: tuple[Way, ...] = get_args(Way)
 _ROOT = Path(__file__).parents[1]
 _HOST = "127.0.0.1"
 _READY_TIMEOUT_S = 300.0
 _ENVIRONMENTS = {
-    "haproxy": {},  # its own is planned, with free ports
+    # Their own is planned, with free ports.
+    "inside": {},
+    "haproxy": {},
     "proxy": {},
     "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_PROXY_USE_GRPC": "1"},
     "direct": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_PROXY_USE_GRPC": "1"},
@@ -115,7 +118,7 @@ def serve_stack(way: Way, registry: Path, settings: dict[str, Any], stack: ExitS
     (port,) = free_ports(_HOST, 1)
     folder = tempfile.TemporaryDirectory(prefix="load-", dir="/tmp", ignore_cleanup_errors=True)
     private = Path(stack.enter_context(folder))
-    if way == "haproxy":
+    if way in ("inside", "haproxy"):
         path = plan_http_path(ServeConfig(host=_HOST, port=port), private)
         if path.shortfall:
             raise SystemExit(path.shortfall)
@@ -137,7 +140,8 @@ def serve_stack(way: Way, registry: Path, settings: dict[str, Any], stack: ExitS
     )
     stack.callback(ray.shutdown)
     history = {"history_path": str(private / "history.sqlite")}
-    application = build({"registry": str(registry), **history, **settings})
+    placement = {"ranker": "inside"} if way == "inside" else {}
+    application = build({"registry": str(registry), **history, **placement, **settings})
     # Both are Ray's words about what it starts; the figures are told by our own.
     quiet = LoggingConfig(enable_access_log=False, log_level="ERROR")
     started = time.perf_counter()

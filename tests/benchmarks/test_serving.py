@@ -26,7 +26,7 @@ def make_findings(degraded=0):
         LoadResult(3.0, (took_ms,) * 300, Counter({"200": 300}), degraded=count)
         for took_ms, count in ((6.0, degraded), (4.0, 0))
     )
-    rows = Row("haproxy", "open, 100/s", slow, 2.5), Row("bare", "open, 100/s", fast, 0.5)
+    rows = Row("inside", "open, 100/s", slow, 2.5), Row("bare", "open, 100/s", fast, 0.5)
     return Findings(study, rows, 7.0)
 
 
@@ -55,7 +55,7 @@ def test_lists_without_the_model_are_not_compared_with_it():
 def test_record_has_a_row_a_load():
     text = render([make_findings()])
 
-    assert "| haproxy | open, 100/s | 100 | 6.0 | 6.0 | 6.0 | 6.0 | 0 | 0.00% | 2.5 |" in text
+    assert "| inside | open, 100/s | 100 | 6.0 | 6.0 | 6.0 | 6.0 | 0 | 0.00% | 2.5 |" in text
     assert "takes 1.5 times the 4.0 ms" in text
 
 
@@ -63,7 +63,7 @@ def test_large_catalogue_is_served_from_both_kinds_of_tables():
     coded, full = plan_studies(parse_arguments(["--items", "2000000"]))
 
     assert (coded.shape.codes, full.shape.codes) == (8, 0)
-    assert (coded.rate, coded.top_k, coded.ways) == (30, 100, ("haproxy", "bare"))
+    assert (coded.rate, coded.top_k, coded.ways) == (30, 100, ("inside", "haproxy", "bare"))
     assert coded.settings["cache_size"] == 0
 
 
