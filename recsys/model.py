@@ -186,7 +186,12 @@ class NextItemModel(nn.Module):
             x_BLD = x_BLD + self.request(request_BLF)
 
         x_BLD = self.dropout(x_BLD, noise)
-        seen = self._seen(items_BL, seconds_BL2)
+        return self.mix(x_BLD, self.see(items_BL, seconds_BL2), noise, rows_M)
+
+    def mix(
+        self, x_BLD: Tensor, seen: Seen, noise: Noise | None, rows_M: Tensor | None = None
+    ) -> Tensor:
+        """The states that the blocks make of embedded positions, see `forward`."""
         *earlier, last = self.blocks
         for block in earlier:
             x_BLD = block(x_BLD, seen, noise)
@@ -218,7 +223,8 @@ class NextItemModel(nn.Module):
         biases: Tensor = self.attribute_bias(ids, items)
         return biases
 
-    def _seen(self, items_BL: Tensor, seconds_BL2: Tensor) -> Seen:
+    def see(self, items_BL: Tensor, seconds_BL2: Tensor) -> Seen:
+        """What stands between each two positions, see `forward`."""
         L, is_causal = items_BL.shape[1], self.config.attention == "causal"
         places_L = torch.arange(L, device=items_BL.device)
         distances_LL = places_L[:, None] - places_L
