@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from recsys.catalogue import NUM_SPECIAL
+from recsys.catalogue import NUM_SPECIAL, PAD
 from recsys.model import NextItemModel
 from recsys.randomness import Draws
 
@@ -64,10 +64,11 @@ def _try_step(model: NextItemModel, dtype: torch.dtype) -> None:
             seconds_BL2 = torch.zeros(_WINDOWS, L, 2, dtype=torch.int32, device=device)
             x_BLD = torch.zeros(_WINDOWS, L, model.config.dim, device=device, requires_grad=True)
             noise = Draws(0, 0, torch.arange(_WINDOWS, device=device)).noise(L)
+            items_BL[0, 0] = PAD
             # A number that no other size has: what is equal here would be taken to be the same.
-            rows_M = torch.arange(2 * L + 1, device=device)
+            rows_M = torch.arange(1, 2 * L + 2, device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                hidden_MD = model.mix(x_BLD, model.see(items_BL, seconds_BL2), noise, rows_M)
+                hidden_MD = model.mix(x_BLD, items_BL, seconds_BL2, noise, rows_M)
             torch.autograd.backward(hidden_MD.float().sum())
     finally:
         model.train(was_training)
