@@ -120,7 +120,8 @@ class Block(nn.Module):
     def _attend_packed(self, x_TD: Tensor, packed: Packed) -> Tensor:
         T, D = x_TD.shape
         qkv = self.qkv(x_TD).view(T, 3, self.num_heads, D // self.num_heads)
-        return attend_packed(*qkv.unbind(1), packed).reshape(T, D)
+        q_THd, k_THd, v_THd = qkv.unbind(1)
+        return attend_packed(q_THd, k_THd, v_THd, packed).reshape(T, D)
 
     def _bias(self, seen: Seen, dtype: torch.dtype) -> Tensor:
         bias_BHLL = seen.hidden_B1LL.to(dtype)

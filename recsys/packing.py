@@ -3,7 +3,7 @@ variable lengths on a GPU. On a CPU, where there is no such kernel, batches keep
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def pack(items_BL: Tensor, scored_M: Tensor, *, is_causal: bool) -> tuple[Packed
 def attend_packed(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, packed: Packed) -> Tensor:
     """Attention of each token to those of its own window, `[T, H, d]`."""
     window = (_UNBOUNDED, 0 if packed.is_causal else _UNBOUNDED)
-    return _find_kernel()(
+    mixed_THd: Tensor = _find_kernel()(
         q_THd,
         k_THd,
         v_THd,
@@ -76,9 +76,10 @@ def attend_packed(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, packed: Packed) -
         packed.max_len,
         window_size=window,
     )
+    return mixed_THd
 
 
-def _find_kernel() -> Callable[..., Tensor]:
+def _find_kernel() -> Callable[..., Any]:
     # It is imported with a compiler, which takes seconds, and no CPU needs it.
     from torch.nn.attention.varlen import varlen_attn
 
