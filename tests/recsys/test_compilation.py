@@ -42,6 +42,27 @@ def test_a_compiled_model_learns_as_an_eager_one(recipe):
     assert gains[1] == pytest.approx(gains[0], abs=0.05)
 
 
+def _train_compiled(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    trainer = make_trainer("sasrec-ce", max_epochs=2, compile=True)
+    loss = trainer.train_epoch().loss
+    torch.save({"loss": loss, "eager_because": trainer.eager_because}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_ranks_compile_together_and_learn_the_same(tmp_path):
+    expected = make_trainer("sasrec-ce", max_epochs=2).train_epoch().loss
+    torch.multiprocessing.spawn(_train_compiled, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert told == {"loss": pytest.approx(expected, rel=1e-3), "eager_because": ""}
+
+
 def _blocks(trainer):
     return [block._compiled_call_impl for block in trainer.model.blocks]
 
