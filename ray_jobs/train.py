@@ -244,7 +244,10 @@ def _write_run(
 def _read_versions(folder: Path) -> dict[str, int | None]:
     """The versions of the tables that a run began with; none of a run that has yet to begin."""
     path = folder / _VERSIONS
-    versions: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    versions: dict[str, int | None] = json.loads(path.read_text())
+    log.warning("The run %r goes on with what it began with: %s.", folder.name, versions)
     return versions
 
 
