@@ -12,8 +12,8 @@ from recsys import compilation
 from recsys.compilation import compile_blocks, leave_eager
 from tests.recsys.test_trainer import make_trainer
 
-# Of torch's own modules, when its compiler is imported.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+# Of the modules of torch itself, whose compiler warns of its own doings.
+pytestmark = pytest.mark.filterwarnings("ignore:::torch")
 
 
 @pytest.fixture
