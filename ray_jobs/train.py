@@ -24,6 +24,7 @@ from ray.train import (
     LoggingConfig,
     RunConfig,
     TrainingFailedError,
+    WorkerGroupError,
 )
 from ray.train import ScalingConfig as Scaling
 from ray.train.torch import TorchTrainer
@@ -45,7 +46,7 @@ from ray_jobs.start import Start, open_start
 from ray_jobs.train_worker import WorkerPlan, train_worker
 from recsys.artifact import save_model
 from recsys.checkpoint import read_weights
-from recsys.errors import CheckpointError, TrainingError
+from recsys.errors import CheckpointError, OutOfMemoryError, TrainingError
 from recsys.recipe import Recipe, read_recipe
 from recsys.targets import find_targets
 
@@ -84,6 +85,7 @@ def run(config: PipelineConfig) -> Report:
         **versions,
         "trained_until_us": learned.trained_until_us,
         "started_from": None if start is None else start.facts(),
+        "eager_because": result.return_value.get("eager_because"),
         "best": {key: metrics[key] for key in ("epoch", "ndcg10", "hr10", "loss")},
     }
     _write_run(run_folder, plan, best_weights, facts)
@@ -155,14 +157,20 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        reason = str(error).strip().splitlines()[-1]
         raise JobError(
-            f"Training stopped after {config.max_failures} retries: {reason} "
+            f"Training stopped after {config.max_failures} retries: {_find_reason(error)} "
             f"Start it again with train.name={folder.name} to go on from its last checkpoint."
         ) from error
-    if result.return_value:
+    if "refused" in result.return_value:
         raise TrainingError(result.return_value["refused"])
     return result
+
+
+def _find_reason(error: TrainingFailedError) -> str:
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    # The ranks that waited for this one say only that it went away.
+    short = [str(failure) for failure in failures if isinstance(failure, OutOfMemoryError)]
+    return short[0] if short else str(error).strip().splitlines()[-1]
 
 
 def _read_best(
@@ -236,7 +244,10 @@ def _write_run(
 def _read_versions(folder: Path) -> dict[str, int | None]:
     """The versions of the tables that a run began with; none of a run that has yet to begin."""
     path = folder / _VERSIONS
-    versions: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    versions: dict[str, int | None] = json.loads(path.read_text())
+    log.warning("The run %r goes on with what it began with: %s.", folder.name, versions)
     return versions
 
 

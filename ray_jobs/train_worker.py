@@ -50,7 +50,8 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
     """Trains to the end of the plan and reports each epoch.
 
     What would happen again at every try is returned as `{"refused": reason}` by all ranks, and not
-    raised, which Ray Train would take for a fault and repeat.
+    raised, which Ray Train would take for a fault and repeat. A model that could not be compiled is
+    `{"eager_because": reason}`.
     """
     # Ray Train logs each report in full from a logger below the root, past its own settings.
     logging.getLogger().setLevel(logging.WARNING)
@@ -66,7 +67,7 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
         _train(trainer, plan.config.train.trainer.max_minutes)
     except TrainingError as error:
         return {"refused": str(error)}
-    return {}
+    return {"eager_because": trainer.eager_because} if trainer.eager_because else {}
 
 
 def build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool = True) -> Trainer:

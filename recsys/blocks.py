@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.model_config import ModelConfig
+from recsys.packing import Packed, attend_packed
 from recsys.randomness import Noise
 
 _NUM_AGES = 80
@@ -82,16 +83,21 @@ class Block(nn.Module):
         self.ages = nn.Embedding(2 * _NUM_AGES, config.num_heads) if config.time_bias else None
 
     def forward(
-        self, x_BLD: Tensor, seen: Seen, noise: Noise | None, rows_M: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        seen: Seen | Packed,
+        noise: Noise | None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
-        """States `[B, L, D]`; with `rows_M`, flat indices into `[B * L]`, those of these positions
-        alone, `[M, D]`: all are attended to, and what follows is computed for few.
+        """States `[B, L, D]`, or `[T, D]` of a packed batch; with `rows_M`, flat indices into these
+        positions, those of few alone, `[M, D]`: all are attended to, and what follows is computed
+        for few.
         """
         mixed_BLD = self._attend(self.norm_attention(x_BLD), seen)
         if rows_M is None:
             return self._add(x_BLD, mixed_BLD, noise)
-        x_MD = x_BLD.flatten(0, 1).index_select(0, rows_M)
-        mixed_MD = mixed_BLD.flatten(0, 1).index_select(0, rows_M)
+        x_MD = x_BLD.flatten(0, -2).index_select(0, rows_M)
+        mixed_MD = mixed_BLD.flatten(0, -2).index_select(0, rows_M)
         return self._add(x_MD, mixed_MD, None if noise is None else noise.at(rows_M))
 
     def _add(self, x: Tensor, mixed: Tensor, noise: Noise | None) -> Tensor:
@@ -101,13 +107,21 @@ class Block(nn.Module):
         added: Tensor = x + self.dropout(self.narrow(wide), noise)
         return added
 
-    def _attend(self, x_BLD: Tensor, seen: Seen) -> Tensor:
+    def _attend(self, x_BLD: Tensor, seen: Seen | Packed) -> Tensor:
+        if isinstance(seen, Packed):
+            return self._attend_packed(x_BLD, seen)
         B, L, D = x_BLD.shape
         qkv = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
         q_BHLd, k_BHLd, v_BHLd = qkv.permute(2, 0, 3, 1, 4)
 
         mixed_BHLd = attend(q_BHLd, k_BHLd, v_BHLd, self._bias(seen, q_BHLd.dtype))
         return mixed_BHLd.transpose(1, 2).reshape(B, L, D)
+
+    def _attend_packed(self, x_TD: Tensor, packed: Packed) -> Tensor:
+        T, D = x_TD.shape
+        qkv = self.qkv(x_TD).view(T, 3, self.num_heads, D // self.num_heads)
+        q_THd, k_THd, v_THd = qkv.unbind(1)
+        return attend_packed(q_THd, k_THd, v_THd, packed).reshape(T, D)
 
     def _bias(self, seen: Seen, dtype: torch.dtype) -> Tensor:
         bias_BHLL = seen.hidden_B1LL.to(dtype)

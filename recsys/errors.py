@@ -3,8 +3,9 @@
 RecsysError
 ├── CatalogueError   a catalogue is empty or does not belong to these weights
 ├── ArtifactError    a published artifact is incomplete, altered, or of another format
-└── TrainingError    a run cannot start or go on (nothing to train on, loss not finite)
-    └── CheckpointError   a checkpoint is cut off, altered, or of another training
+├── TrainingError    a run cannot start or go on (nothing to train on, loss not finite)
+│   └── CheckpointError   a checkpoint is cut off, altered, or of another training
+└── OutOfMemoryError  a step did not fit; what else runs there may have left too little
 """
 
 
@@ -26,3 +27,7 @@ class TrainingError(RecsysError):
 
 class CheckpointError(TrainingError):
     """The checkpoint cannot be trusted."""
+
+
+class OutOfMemoryError(RecsysError):
+    """A training step needed more memory than there was; the next try may go on."""

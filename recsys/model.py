@@ -26,6 +26,7 @@ from recsys.item_table import (
     make_table,
 )
 from recsys.model_config import ModelConfig
+from recsys.packing import Packed, can_pack, pack
 from recsys.randomness import Noise
 from recsys.touched_rows import TouchedRows
 
@@ -186,11 +187,33 @@ class NextItemModel(nn.Module):
             x_BLD = x_BLD + self.request(request_BLF)
 
         x_BLD = self.dropout(x_BLD, noise)
-        seen = self._seen(items_BL, seconds_BL2)
+        return self.mix(x_BLD, items_BL, seconds_BL2, noise, rows_M)
+
+    def mix(
+        self,
+        x_BLD: Tensor,
+        items_BL: Tensor,
+        seconds_BL2: Tensor,
+        noise: Noise | None = None,
+        rows_M: Tensor | None = None,
+    ) -> Tensor:
+        """The states that the blocks make of embedded positions, see `forward`. On a GPU padding is
+        left out where few positions are asked for.
+        """
+        if rows_M is None or not can_pack(self.config, x_BLD):
+            return self._run(x_BLD, self._seen(items_BL, seconds_BL2), noise, rows_M)
+        is_causal = self.config.attention == "causal"
+        packed, places_M = pack(items_BL, rows_M, is_causal=is_causal)
+        x_TD = x_BLD.flatten(0, 1).index_select(0, packed.rows_T)
+        return self._run(x_TD, packed, None if noise is None else noise.at(packed.rows_T), places_M)
+
+    def _run(
+        self, x: Tensor, seen: Seen | Packed, noise: Noise | None, rows_M: Tensor | None
+    ) -> Tensor:
         *earlier, last = self.blocks
         for block in earlier:
-            x_BLD = block(x_BLD, seen, noise)
-        normed: Tensor = self.norm(last(x_BLD, seen, noise, rows_M))
+            x = block(x, seen, noise)
+        normed: Tensor = self.norm(last(x, seen, noise, rows_M))
         return normed
 
     def scores(self, hidden_BD: Tensor) -> Tensor:

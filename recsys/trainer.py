@@ -4,6 +4,7 @@ It knows ranks only through `torch.distributed`; `ray_jobs.train` runs one of th
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recsys.assembly import Assembler, Piece
-from recsys.errors import TrainingError
+from recsys.compilation import compile_blocks, leave_eager, run_eagerly
+from recsys.errors import OutOfMemoryError, TrainingError
 from recsys.evaluation import rank_targets
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
@@ -31,6 +33,10 @@ from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 from recsys.touched_rows import TouchedRows
 from recsys.windows import Places
+
+log = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TrainerConfig(BaseModel):
@@ -53,6 +59,9 @@ class TrainerConfig(BaseModel):
     micro_batches: int = Field(1, ge=1)
     """Parts of a worker's batch that are trained one after the other (gradient accumulation): the
     same result with as much less memory for activations."""
+    compile: bool = False
+    """Compiles the blocks of the model with torch.compile, which takes a minute or so at the start.
+    Where there is no compiler, or it fails, training goes on without and says why."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,8 @@ class Trainer:
         if recipe.optimiser.item_rows == "touched":
             self._touched = TouchedRows(self.model.item_parameters)
             self.model.touch(self._touched)
+        self.eager_because = self._compile() if config.compile else ""
+        """Why the model is not compiled although it should be."""
         self._replica = self._replicate()
         self._optimiser = Optimiser(self.model, recipe.optimiser, self._touched)
         self.steps_per_epoch = self._assembler.windows.num_batches(recipe.batch_size)
@@ -170,7 +181,8 @@ class Trainer:
         """Trains an epoch, or what is left of it, on every rank; then validates where it is due.
 
         `after_step` is called on every rank after each step; a checkpoint taken in it goes on right
-        there. Raises: TrainingError when the model has item codes that nobody loaded.
+        there. Raises: TrainingError when the model has item codes that nobody loaded;
+        OutOfMemoryError, on the rank that it befell alone.
         """
         self._refuse_random_codes()
         self._progress.started = time.perf_counter()
@@ -183,7 +195,7 @@ class Trainer:
             world_size=self.world_size,
             first=first,
         ):
-            self._train_step(places)
+            self._step_within_memory(places)
             if after_step is not None:
                 after_step()
         progress = self.add_up_progress()
@@ -232,6 +244,10 @@ class Trainer:
 
     def validate(self) -> tuple[float, float]:
         """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them."""
+        with run_eagerly() if self._is_compiled else contextlib.nullcontext():
+            return self._rank_validation_users()
+
+    def _rank_validation_users(self) -> tuple[float, float]:
         users = self._validation_users[self.rank :: self.world_size]
         sums = [0.0, 0.0, float(len(users))]
         if len(users):
@@ -275,6 +291,28 @@ class Trainer:
         self.best_ndcg10, self.best_epoch = state["best_ndcg10"], state["best_epoch"]
         self._validations_without_gain = state["validations_without_gain"]
 
+    def _step_within_memory(self, places: Places) -> None:
+        try:
+            self._train_step(places)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
+                f"{self.epoch + 1} ({_first_line(error)}); {self._advise_less()}."
+            ) from error
+
+    def _advise_less(self) -> str:
+        """The settings that halve the activations of a step."""
+        batch_size, parts = self.recipe.batch_size, 2 * self.config.micro_batches
+        smaller = f"lower batch_size to {max(1, batch_size // 2)} (now {batch_size})"
+        if batch_size < parts * self.world_size:
+            return f"{smaller}, or train a smaller model"
+        return (
+            f"raise trainer.micro_batches to {parts} (now {parts // 2}), which changes no result, "
+            f"or {smaller}"
+        )
+
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
         pieces = self._assembler.assemble(places, number)
@@ -317,6 +355,22 @@ class Trainer:
             piece.negatives,
             batch.weights_M,
         )
+
+    @property
+    def _is_compiled(self) -> bool:
+        return self.config.compile and not self.eager_because
+
+    def _compile(self) -> str:
+        """Every rank compiles, or none does. Returns why none does, empty otherwise."""
+        reason = compile_blocks(self.model, self.dtype)
+        (num_failed,) = sum_over_ranks([float(bool(reason))], self.device)
+        if not num_failed:
+            return ""
+        leave_eager(self.model)
+        reason = reason or "another worker could not compile it"
+        if self.rank == 0:
+            log.warning("Training goes on without torch.compile: %s.", reason)
+        return reason
 
     def _replicate(self) -> nn.Module:
         if self.world_size == 1:
@@ -386,6 +440,17 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
         precision = "bf16" if is_native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch's CPU allocator, which raises a plain RuntimeError, or of Python."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in _OUT_OF_MEMORY
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _sample_users(targets_U: np.ndarray, num_users: int, seed: int) -> np.ndarray:

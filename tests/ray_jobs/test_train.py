@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_the_sequences_that_it_began_with(tmp_path, monkeypat
     monkeypatch.setattr(train, "_fit", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
-    longer = config.sequences.model_copy(update={"min_events": 15})
+    longer = config.sequences.model_copy(update={"min_user_events": 15})
     build_sequences.run(config.model_copy(update={"sequences": longer}))
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
@@ -356,6 +356,6 @@ def _worker_with(train_epoch):
         from recsys.trainer import Trainer
 
         Trainer.train_epoch = train_epoch
-        original(plan_parts)
+        return original(plan_parts)
 
     return worker

@@ -1,14 +1,17 @@
-"""A training that loses the node of some of its workers."""
+"""A training that loses the node of some of its workers, or in which one runs out of memory."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from ray_jobs import build_sequences, generate, ingest
+from ray_jobs import build_sequences, generate, ingest, train
+from ray_jobs.errors import JobError
 from ray_jobs.train import read_history
 from tests.ray_jobs.conftest import TINY, tiny_config
 from tests.ray_jobs.test_faults import QUICK_TO_NOTICE
@@ -78,3 +81,76 @@ def test_a_training_goes_on_with_the_workers_that_are_left(tmp_path):
     assert [e["epoch"] for e in read_history(tmp_path / "synthetic/runs/survivor")] == list(
         range(1, 9)
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_without_memory_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
+    config = tiny_config(
+        tmp_path, "train.name=lean", "train.num_workers=2", "train.trainer.checkpoint_every_steps=2"
+    )
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+    marker = tmp_path / "went-on-at"
+
+    def is_short(trainer):
+        if trainer.rank != 1 or marker.exists():
+            return False
+        if (trainer.epoch, trainer.step) != (1, 3):
+            return False
+        time.sleep(3)  # a checkpoint that was reported is committed a little later
+        marker.touch()
+        return True
+
+    monkeypatch.setattr(train, "train_worker", _worker_without_memory(is_short, marker))
+    train.run(config)
+    assert marker.read_text() == "1 2"
+    history = read_history(tmp_path / "synthetic" / "runs" / "lean")
+    assert [entry["epoch"] for entry in history] == [1, 2]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_never_has_the_memory_stops_the_run_with_what_would_fit(
+    tmp_path, monkeypatch
+):
+    config = tiny_config(tmp_path, "train.name=lean", "train.num_workers=2", "train.max_failures=1")
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+
+    def is_short(trainer):
+        return trainer.rank == 1 and trainer.step == 1
+
+    monkeypatch.setattr(train, "train_worker", _worker_without_memory(is_short))
+    with pytest.raises(JobError) as stopped:
+        train.run(config)
+    assert str(stopped.value) == (
+        "Training stopped after 1 retries: Worker 1 ran out of memory in step 2 of epoch 1 "
+        "(Tried to allocate 2.00 GiB); raise trainer.micro_batches to 2 (now 1), which changes no "
+        "result, or lower batch_size to 32 (now 64). Start it again with train.name=lean to go on "
+        "from its last checkpoint."
+    )
+
+
+def _worker_without_memory(is_short, marker=None):
+    """A worker whose trainer has no memory for a step of which `is_short` says so; the step that
+    the next try begins with is written into `marker`."""
+    original = train.train_worker
+
+    def worker(plan_parts):
+        from recsys.trainer import Trainer
+
+        loss, train_epoch = Trainer._loss, Trainer.train_epoch
+
+        def fail(trainer, piece):
+            if is_short(trainer):
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+            return loss(trainer, piece)
+
+        def note(trainer, after_step):
+            if trainer.rank == 0 and marker is not None and marker.exists():
+                marker.write_text(marker.read_text() or f"{trainer.epoch} {trainer.step}")
+            return train_epoch(trainer, after_step)
+
+        Trainer._loss, Trainer.train_epoch = fail, note
+        return original(plan_parts)
+
+    return worker

@@ -69,6 +69,13 @@ def test_a_loss_that_is_not_finite_is_returned_and_not_tried_again(worker):
     assert all(np.isfinite(metrics["loss"]) for metrics, _ in reports)
 
 
+def test_why_a_model_is_not_compiled_is_returned(worker, monkeypatch):
+    monkeypatch.setattr("recsys.trainer.compile_blocks", lambda *_: "no compiler")
+    returned, reports = worker("train.trainer.compile=true")
+    assert returned == {"eager_because": "no compiler"}
+    assert len(reports) == 2
+
+
 def test_what_cannot_fit_is_refused_before_it_is_built(worker, monkeypatch):
     monkeypatch.setattr(train_worker, "_available_bytes", lambda _: 1000)
     monkeypatch.setattr(train_worker, "build_trainer", pytest.fail)

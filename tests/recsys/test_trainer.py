@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from recsys.checkpoint import load_checkpoint, save_checkpoint
-from recsys.errors import TrainingError
+from recsys.errors import OutOfMemoryError, TrainingError
 from recsys.model import NextItemModel
 from recsys.negatives import BatchTargets
 from recsys.optimiser import Optimiser, OptimiserConfig, scheduled_rate
@@ -210,6 +211,40 @@ def test_parts_of_a_batch_add_up_to_the_whole(recipe, source):
     other = weights_that_matter(parts)
     for name, weight in weights_that_matter(whole).items():
         torch.testing.assert_close(other[name], weight, rtol=0, atol=2e-4)
+
+
+_NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee also ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize("error", _NO_MEMORY)
+def test_a_step_that_does_not_fit_names_the_settings_that_would(error, monkeypatch):
+    trainer = make_trainer(batch_size=18)
+    monkeypatch.setattr(trainer, "_loss", Mock(side_effect=error))
+    with pytest.raises(OutOfMemoryError) as raised:
+        trainer.train_epoch()
+    message = str(raised.value)
+    assert message.startswith("Worker 0 ran out of memory in step 1 of epoch 1 (")
+    assert "\n" not in message
+    assert message.endswith(
+        "raise trainer.micro_batches to 2 (now 1), which changes no result, or lower batch_size "
+        "to 9 (now 18)."
+    )
+    # Without a window for each part only the batch is left.
+    trainer = make_trainer(batch_size=18, micro_batches=18)
+    monkeypatch.setattr(trainer, "_loss", Mock(side_effect=error))
+    with pytest.raises(OutOfMemoryError, match=r"; lower batch_size to 9 .*, or train a smaller"):
+        trainer.train_epoch()
+
+
+def test_other_errors_of_a_step_stay_what_they_are(monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "_loss", Mock(side_effect=RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        trainer.train_epoch()
 
 
 def test_a_batch_that_is_too_small_to_be_shared_is_refused():

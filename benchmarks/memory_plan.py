@@ -1,0 +1,172 @@
+"""The memory that a training was planned with beside the peak that it reached, for large item
+tables: in full, by negatives, by touched rows and by codes.
+
+    python -m benchmarks.memory_plan
+    python -m benchmarks.memory_plan --items 100_000 --dim 64
+
+A few steps of `bert4rec-production` on windows of full length, each training in a process of its
+own. On a CPU the peak is what the process grew by, its libraries left out; on a GPU what torch
+allocated at most.
+
+Writes `benchmarks/results/memory-plan.md`; the last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evaluation import Size, draw_store
+from benchmarks.measure import PeakMemory, machine
+from benchmarks.training_gpu import make_trainer
+from recsys.catalogue import NUM_SPECIAL
+from recsys.memory_plan import Workload, plan_memory
+from recsys.recipe import Recipe, read_recipe
+from recsys.splits import leave_one_out
+from recsys.trainer import Trainer
+
+RESULTS = Path(__file__).parent / "results"
+RECIPE = "bert4rec-production"
+STEPS = 3
+SAMPLES_EVERY_S = 0.02
+_SAMPLED = {"kind": "sampled-softmax", "negatives": {"source": "mixed", "num": 1_024}}
+KINDS: Mapping[str, dict[str, Any]] = {
+    "full softmax": {},
+    "sampled softmax": {"loss": _SAMPLED},
+    "touched rows": {"loss": _SAMPLED, "optimiser": {"item_rows": "touched"}},
+    "item codes": {"model": {"item_codes": {"length": 8, "source": "random"}}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    items: int
+    dim: int
+    batch_size: int
+
+    def recipe(self, kind: str) -> Recipe:
+        """The recipe of a kind, in these sizes."""
+        overrides = KINDS[kind]
+        model = {"dim": self.dim, "num_heads": 4, **overrides.get("model", {})}
+        return read_recipe(RECIPE, {**overrides, "batch_size": self.batch_size, "model": model})
+
+
+def main() -> None:
+    """Parses; trains each kind in turn and records what was planned and what was held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=128, help="width of a vector")
+    parser.add_argument("--batch_size", type=int, default=256, help="windows of 50 events")
+    parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    case = Case(arguments.items, arguments.dim, arguments.batch_size)
+    if arguments.only:
+        print(json.dumps(measure(case, arguments.only)))
+        return
+    found = {}
+    for kind in KINDS:
+        found[kind] = run_kind(kind, case)
+        print(f"{kind}: {found[kind]}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory-plan.md").write_text(render(case, found))
+    print(json.dumps({**asdict(case), **found}))
+
+
+def run_kind(kind: str, case: Case) -> dict[str, Any]:
+    """One training in a process of its own."""
+    options = [word for key, value in asdict(case).items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.memory_plan", "--only", kind, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(case: Case, kind: str) -> dict[str, Any]:
+    """Planned and measured bytes of a few steps, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = case.recipe(kind)
+    # What the first steps of a process load is no part of any plan.
+    _train(Case(items=500, dim=case.dim, batch_size=8).recipe(kind), 500, device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        trainer = _train(recipe, case.items, device)
+        grown = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with PeakMemory() as held:
+            pass
+        with PeakMemory(interval_s=SAMPLES_EVERY_S) as memory:
+            trainer = _train(recipe, case.items, device)
+        grown = memory.peak_bytes - held.peak_bytes
+    workload = Workload(
+        num_rows=case.items + NUM_SPECIAL,
+        num_tokens=_size(recipe, case.items).users * _size(recipe, case.items).events,
+        context_sizes=(),
+        windows=recipe.batch_size,
+        dtype=trainer.dtype,
+        is_cuda=device.type == "cuda",
+    )
+    plan = plan_memory(recipe, workload)
+    return {
+        "device": device.type,
+        "planned_bytes": plan.total_bytes,
+        "measured_bytes": grown,
+        "ratio": round(plan.total_bytes / max(grown, 1), 3),
+        "parts": plan.parts,
+    }
+
+
+def render(case: Case, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was found, in Markdown."""
+    rows = [
+        f"| {kind} | {_gib(row['planned_bytes'])} | {_gib(row['measured_bytes'])} | "
+        f"{row['ratio']:.2f} | "
+        + ", ".join(f"{name} {_gib(size)}" for name, size in row["parts"].items())
+        + " |"
+        for kind, row in found.items()
+    ]
+    text = [
+        f"# Planned and measured memory of a training, {case.items:,} items x {case.dim}",
+        "",
+        f"`python -m benchmarks.memory_plan --items {case.items} --dim {case.dim} "
+        f"--batch_size {case.batch_size}`: {STEPS} steps of `{RECIPE}`",
+        f"on {case.batch_size} windows of 50 events; GiB. {machine()}; torch "
+        f"{metadata.version('torch')}.",
+        "",
+        "| training | planned | measured | planned / measured | what was planned |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _train(recipe: Recipe, num_items: int, device: torch.device) -> Trainer:
+    store = draw_store(_size(recipe, num_items))
+    split = leave_one_out(store.offsets_U)
+    trainer = make_trainer(recipe, store, split, num_items + NUM_SPECIAL, device, max_epochs=2)
+    if recipe.model.item_codes is not None:
+        # Codes take what they take, whatever they say.
+        trainer.model.load_codes(trainer.model.items.state_dict()["codes"])
+    trainer.train_epoch()
+    return trainer
+
+
+def _size(recipe: Recipe, num_items: int) -> Size:
+    return Size(STEPS * recipe.batch_size, num_items, recipe.model.max_len + 2)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    main()
