@@ -16,6 +16,7 @@ ingress where that was measured.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,12 +209,11 @@ def write_record(findings: list[Findings]) -> None:
 def render(findings: list[Findings]) -> str:
     """The record as Markdown."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("ray", "onnxruntime"))
-    command = "python -m benchmarks.serving"
-    items = findings[0].study.shape.items
+    command = " ".join(["python -m benchmarks.serving", *sys.argv[1:]])
     lines = [
         "# Serving under load",
         "",
-        f"`{command}{f' --items {items}' if items >= LARGE else ''}` on {machine()}; {versions}.",
+        f"`{command}` on {machine()}; {versions}.",
         "Random weights, cache off, load from a process of its own on the same cores. `open`",
         "counts latency from the moment a request was due; `ready` is from the deployment to the",
         "first request taken. `inside` is HAProxy and an ingress that ranks by itself; the other",
