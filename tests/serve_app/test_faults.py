@@ -25,6 +25,8 @@ from tests.serve_app.redis_server import running_redis
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _RATE = 20
+_LATE_MS = 70 + 50
+"""The deadline of the service and some time around it."""
 # Of users and of histories, no two alike, so that no cache answers for the ranker.
 _BODIES = [{"user_history": [f"i{a}", f"i{b}"], "top_k": 10} for a in range(40) for b in range(40)]
 
@@ -88,6 +90,9 @@ def _is_replica(process, deployment):
 
 
 def assert_no_page_was_empty(result):
+    # For whoever runs this with -rP on a machine that has nothing else to do.
+    late = sum(took_ms > _LATE_MS for took_ms in result.latencies_ms)
+    print(f"{late} of {result.sent} later than {_LATE_MS} ms: {result.figures()}")
     assert result.sent >= 100
     assert (result.non_2xx, result.short) == (0, 0), (result.figures(), result.failures)
 
