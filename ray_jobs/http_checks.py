@@ -54,6 +54,8 @@ def example_user(config: PipelineConfig) -> Example:
 def check_endpoint(config: PipelineConfig) -> list[Check]:
     """Asks for a known user, an unknown one and a raw history; posts an event; kills the ranker."""
     example = example_user(config)
+    # A ranker inside the ingress cannot be killed without it.
+    has_own_ranker = config.serve.settings.get("ranker") != "inside"
     url = f"http://{config.serve.host}:{config.serve.port}"
     with httpx.Client(base_url=url, timeout=10) as client:
         return [
@@ -62,7 +64,7 @@ def check_endpoint(config: PipelineConfig) -> list[Check]:
             _check_raw_history(client, example),
             _check_new_event(client, example),
             _check_latency(client, example, config.serve.deadline_ms),
-            *_check_outage(client, example),
+            *(_check_outage(client, example) if has_own_ranker else []),
         ]
 
 
