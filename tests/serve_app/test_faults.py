@@ -275,8 +275,8 @@ def test_rankers_that_come_and_go_with_the_load(stage):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        busy = stage.under_load(lambda: None, seconds=45.0, rate=150)
-        calm = stage.under_load(lambda: None, seconds=30.0, rate=5)
+        busy = stage.under_load(lambda: None, seconds=30.0, rate=150)
+        calm = stage.under_load(lambda: None, seconds=25.0, rate=5)
     finally:
         is_over.set()
         watcher.join()
