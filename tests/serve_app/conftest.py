@@ -22,6 +22,7 @@ class FakeRanker:
 
     def __init__(self, artifact):
         self._ranker = Ranker(artifact, device="cpu")
+        self._ranker.warm_up()
         self.calls = 0
         self.delay_s = 0.0
         self.error = None
