@@ -28,7 +28,7 @@ def compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["bert4rec", "esasrec", "time-aware"])
+@pytest.mark.parametrize("recipe", ["bert4rec"])
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_learns_as_an_eager_one(recipe):
     losses, gains = [], []

@@ -39,7 +39,7 @@ FEW = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-MANY = settings(FEW, max_examples=300, derandomize=False)
+MANY = settings(FEW, max_examples=150, derandomize=False)
 
 
 @pytest.fixture(scope="module")
