@@ -108,7 +108,7 @@ class Settings(BaseModel):
     ranker: Literal["deployment", "inside"] = "deployment"
     """deployment: rankers are replicas of their own, on GPUs or other machines, and as many as the
     load asks for. inside: each ingress replica ranks by itself, without the way to another process;
-    for models that a CPU ranks within milliseconds."""
+    for models that a CPU ranks within milliseconds. Rankers are then as many as ingress_replicas."""
     device: str = "auto"
     """Of the ranker: auto, cpu, cuda."""
     backend: Literal["auto", "torch", "onnx"] = "auto"
@@ -144,6 +144,13 @@ class Settings(BaseModel):
     @classmethod
     def _from_variable(cls, url: SecretStr | None) -> SecretStr | None:
         return None if url is None else SecretStr(from_variable(url.get_secret_value()))
+
+    @field_validator("min_rankers", "max_rankers")
+    @classmethod
+    def _has_rankers_of_their_own(cls, count: int, info: ValidationInfo) -> int:
+        if count > 1 and info.data.get("ranker") == "inside":
+            raise ValueError("rankers inside are as many as ingress_replicas; leave it out")
+        return count
 
     @field_validator("history")
     @classmethod

@@ -73,3 +73,9 @@ def test_url_of_redis_may_come_from_the_environment_and_is_not_shown(monkeypatch
 def test_history_has_half_of_the_deadline_unless_it_is_told():
     assert Settings(registry="r", deadline_ms=50).history_timeout_s == 0.025
     assert Settings(registry="r", history_timeout_ms=7).history_timeout_s == 0.007
+
+
+@pytest.mark.parametrize("name", ["min_rankers", "max_rankers"])
+def test_rankers_inside_ingresses_have_no_number_of_their_own(name):
+    with pytest.raises(SettingsError, match=f"{name} .* as many as ingress_replicas"):
+        Settings.from_environment({}, {"registry": "/r", "ranker": "inside", name: 2})
