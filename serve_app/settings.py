@@ -108,7 +108,7 @@ class Settings(BaseModel):
     ranker: Literal["deployment", "inside"] = "deployment"
     """deployment: rankers are replicas of their own, on GPUs or other machines, and as many as the
     load asks for. inside: each ingress replica ranks by itself, without the way to another process;
-    for models that a CPU ranks within milliseconds. Rankers are then as many as ingress_replicas."""
+    for models that a CPU ranks within milliseconds. There are ingress_replicas of them then."""
     device: str = "auto"
     """Of the ranker: auto, cpu, cuda."""
     backend: Literal["auto", "torch", "onnx"] = "auto"
