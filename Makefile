@@ -36,7 +36,7 @@ serve: setup  ## the endpoint for the version that an earlier demo published; DA
 	$(BIN)/python -m ray_jobs.demo --data $(DATA) --serve-only $(ARGS)
 
 test: setup  ## unit tests, then Ray, Serve and end-to-end tests
-	$(BIN)/python -m pytest -q -m 'not ray and not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 -m 'not ray and not slow and not gpu'
 	$(BIN)/python -m pytest -q -m 'ray and not slow and not gpu'
 
 test-slow: setup  ## faults and long end-to-end runs

@@ -295,6 +295,13 @@ class MaintainConfig(Section):
         return self
 
 
+class MonitoringConfig(Section):
+    """Where jobs leave their figures for Prometheus, beside `<root>/metrics`."""
+
+    pushgateway: str | None = None
+    """Address of a Pushgateway, e.g. http://pushgateway:9091."""
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -312,6 +319,7 @@ class PipelineConfig(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     maintain: MaintainConfig = MaintainConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
 
 def expand(path: str) -> str:
