@@ -40,7 +40,8 @@ test: setup  ## unit tests, then Ray, Serve and end-to-end tests
 	$(BIN)/python -m pytest -q -m 'ray and not slow and not gpu'
 
 test-slow: setup  ## faults and long end-to-end runs
-	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 -m 'slow and not ray and not gpu'
+	$(BIN)/python -m pytest -q -m 'slow and ray and not gpu'
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .

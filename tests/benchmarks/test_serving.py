@@ -86,6 +86,7 @@ def test_no_two_requests_are_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_quick_run_ends_with_one_line_of_json():
     command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--items", "200"]
 

@@ -1,10 +1,13 @@
 """A road of a few hundred users, small enough to be walked in a test."""
 
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ray_jobs import build_sequences, generate, ingest
 from ray_jobs.config import PipelineConfig
 from ray_jobs.job import load_config
 
@@ -36,6 +39,24 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_home: Path) -> PipelineConfig:
     """The synthetic configuration, made tiny, on a free port."""
     return tiny_config(tiny_home)
+
+
+@pytest.fixture(scope="session")
+def tiny_lake(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., PipelineConfig]:
+    """`tiny_lake(home, *overrides)`: a configuration whose sequences are built already; they are a
+    copy, and no override of what they were made of counts."""
+    original = tmp_path_factory.mktemp("lake")
+    config = tiny_config(original)
+    for stage in (generate, ingest, build_sequences):
+        stage.run(config)
+
+    def copy(home: Path, *overrides: str) -> PipelineConfig:
+        shutil.copytree(original, home, dirs_exist_ok=True)
+        return tiny_config(home, *overrides)
+
+    return copy
 
 
 def tiny_config(home: Path, *overrides: str) -> PipelineConfig:

@@ -1,5 +1,6 @@
 """The demo: what it refuses at the start, and how it ends."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from ray_jobs import demo
 from ray_jobs.config import ServeConfig
 from ray_jobs.errors import JobError
 from ray_jobs.http_checks import Check
+from ray_jobs.http_path import find_haproxy
 from ray_jobs.job import Report
 from ray_jobs.serve import refuse_taken_port
 from tests.ray_jobs.conftest import TINY, free_port, tiny_config
@@ -57,8 +59,56 @@ def test_a_wrong_setting_ends_the_demo_before_ray_starts(capsys):
     assert "train.trainer.epochs" in capsys.readouterr().err.splitlines()[-1]
 
 
+_NEIGHBOUR = """
+import json, sys, urllib.request
+from pathlib import Path
+import psutil, ray
+from fastapi import FastAPI
+from ray_jobs.config import ServeConfig
+from ray_jobs.demo import private_folder, start_ray
+from ray_jobs.http_path import is_fast
+
+config = ServeConfig(port=int(sys.argv[1]))
+with private_folder() as folder:
+    start_ray(config, Path(folder))
+    from ray import serve
+    app = FastAPI()
+    serve.start(http_options={"host": config.host, "port": config.port})
+    serve.run(serve.deployment(serve.ingress(app)(type("Empty", (), {}))).bind())
+    urllib.request.urlopen(f"http://127.0.0.1:{config.port}/openapi.json").close()
+    listening = {
+        str(connection.laddr.ip)
+        for process in psutil.process_iter()
+        if process.name() == "haproxy"
+        for connection in process.net_connections()
+        if connection.status == "LISTEN" and folder in " ".join(process.cmdline())
+    }
+    print(json.dumps({"fast": is_fast(), "listening": sorted(listening)}), flush=True)
+    sys.stdin.read()
+    urllib.request.urlopen(f"http://127.0.0.1:{config.port}/openapi.json").close()
+    ray.shutdown()
+"""
+
+
+@pytest.fixture
+def neighbour():
+    """Another demo on this machine: its process and what it said when it served."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _NEIGHBOUR, str(free_port())],
+        env={**_environment(), "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process, next(line.strip() for line in process.stdout if line.startswith("{"))
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.slow
-def test_the_whole_demo_ends_with_a_table_a_verdict_and_its_exit_status(tmp_path):
+@pytest.mark.ray
+@pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy on this platform")
+def test_the_whole_demo_ends_with_a_table_a_verdict_and_its_exit_status(tmp_path, neighbour):
     settings = [word for override in TINY for word in ("--set", override)]
     done = subprocess.run(
         [sys.executable, "-m", "ray_jobs.demo", "--exit", "--port", str(free_port()), *settings],
@@ -76,8 +126,12 @@ def test_the_whole_demo_ends_with_a_table_a_verdict_and_its_exit_status(tmp_path
     assert done.returncode == (1 if fell_short else 0)
     assert "NOT  " not in done.stdout.partition("Real requests")[2].partition("|")[0]
 
+    # Both served at the same time, each on the loopback alone, and neither took the other's place.
+    process, printed = neighbour
+    process.communicate(timeout=100)
+    assert printed == '{"fast": true, "listening": ["127.0.0.1"]}'
+    assert process.returncode == 0
+
 
 def _environment():
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -4,7 +4,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ray_jobs.config import ServeConfig
 from ray_jobs.demo import private_folder
 from ray_jobs.http_path import _FILES, FAST, find_haproxy, free_ports, plan_http_path
 from serve_app.schemas import Problem
-from tests.ray_jobs.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 needs_haproxy = pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy on this platform")
@@ -206,63 +204,3 @@ def test_the_cluster_is_told_the_same():
     settings = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
     assert settings == FAST
-
-
-_SERVED = """
-import json, sys, urllib.request
-from pathlib import Path
-import psutil, ray
-from fastapi import FastAPI
-from ray_jobs.config import ServeConfig
-from ray_jobs.demo import private_folder, start_ray
-from ray_jobs.http_path import is_fast
-
-config = ServeConfig(port=int(sys.argv[1]))
-with private_folder() as folder:
-    start_ray(config, Path(folder))
-    from ray import serve
-    app = FastAPI()
-    serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(serve.deployment(serve.ingress(app)(type("Empty", (), {}))).bind())
-    urllib.request.urlopen(f"http://127.0.0.1:{config.port}/openapi.json").close()
-    listening = {
-        str(connection.laddr.ip)
-        for process in psutil.process_iter()
-        if process.name() == "haproxy"
-        for connection in process.net_connections()
-        if connection.status == "LISTEN" and folder in " ".join(process.cmdline())
-    }
-    print(json.dumps({"fast": is_fast(), "listening": sorted(listening)}), flush=True)
-    sys.stdin.read()
-    urllib.request.urlopen(f"http://127.0.0.1:{config.port}/openapi.json").close()
-    ray.shutdown()
-"""
-
-
-@pytest.mark.slow
-@needs_haproxy
-def test_two_demos_serve_side_by_side_and_haproxy_stays_on_the_loopback():
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    demos, printed = [], []
-    try:
-        for _ in range(2):
-            # One after the other: two that start at a time leave each other no core.
-            demo = subprocess.Popen(
-                [sys.executable, "-c", _SERVED, str(free_port())],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            demos.append(demo)
-            printed.append(next(line.strip() for line in demo.stdout if line.startswith("{")))
-        for demo in demos:
-            demo.communicate(timeout=100)
-    finally:
-        for demo in demos:
-            demo.kill()
-            demo.wait()
-
-    assert [demo.returncode for demo in demos] == [0, 0]
-    assert printed == ['{"fast": true, "listening": ["127.0.0.1"]}'] * 2

@@ -16,7 +16,7 @@ from ray.train import Checkpoint
 
 from data_lake.errors import TableError
 from data_lake.storage import list_folder
-from ray_jobs import build_sequences, evaluate, generate, ingest, train
+from ray_jobs import build_sequences, evaluate, train
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.runs import open_run
 from ray_jobs.sequences_reader import Learned, Vocabulary
@@ -154,10 +154,8 @@ def test_a_finished_run_is_not_overwritten(tiny):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_goes_on_with_the_sequences_that_it_began_with(tmp_path, monkeypatch):
-    config = tiny_config(tmp_path, "train.name=phoenix")
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+def test_a_run_goes_on_with_the_sequences_that_it_began_with(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(tmp_path, "train.name=phoenix")
     read = []
 
     def cut_off(plan, folder, tokens, scaling):
@@ -184,9 +182,10 @@ def test_a_run_goes_on_with_the_sequences_that_it_began_with(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path):
-    config = tiny_config(
+def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path, tiny_lake):
+    config = tiny_lake(
         tmp_path,
         "train.recipe=rss",
         "train.overrides={model={dim=16, max_len=16}, batch_size=64}",
@@ -195,8 +194,6 @@ def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path):
         "evaluate.filter_seen=false",
         'evaluate.baselines=["popularity"]',
     )
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
     with pytest.raises(TrainingError, match=r"train.targets names sale, which no training event"):
         train.run(_with_train(config, targets=TargetsConfig(event_types=["sale"])))
     train.run(config)
@@ -207,12 +204,11 @@ def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path):
+def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path, tiny_lake):
     codes = '{length=4, num_values=16, source="attributes", attributes={categorical=["category"]}}'
-    config = tiny_config(tmp_path, f"train.overrides.model.item_codes={codes}")
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+    config = tiny_lake(tmp_path, f"train.overrides.model.item_codes={codes}")
     train.run(config)
     evaluate.run(config)
 
@@ -226,11 +222,10 @@ def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypatch):
-    config = tiny_config(tmp_path, "train.trainer.max_epochs=4", "train.name=phoenix")
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(tmp_path, "train.trainer.max_epochs=4", "train.name=phoenix")
     marker = tmp_path / "died"
     original = Trainer.train_epoch
 
@@ -248,12 +243,11 @@ def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_path):
+def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_path, tiny_lake):
     overrides = ("train.trainer.max_epochs=12", "train.name=phoenix")
-    config = tiny_config(tmp_path, *overrides)
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+    config = tiny_lake(tmp_path, *overrides)
     settings = [word for override in (*TINY, *overrides) for word in ("--set", override)]
     address = ray.get_runtime_context().gcs_address
     driver = subprocess.Popen(
@@ -277,16 +271,15 @@ def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_dies_within_an_epoch_goes_on_within_it(tmp_path, monkeypatch):
-    config = tiny_config(
+def test_a_worker_that_dies_within_an_epoch_goes_on_within_it(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(
         tmp_path,
         "train.trainer.max_epochs=2",
         "train.trainer.checkpoint_every_steps=2",
         "train.name=phoenix",
     )
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
     marker = tmp_path / "resumed-at"
     original = Trainer.train_epoch
 
@@ -312,24 +305,22 @@ def test_a_worker_that_dies_within_an_epoch_goes_on_within_it(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_that_cannot_go_on_says_why_at_once(tmp_path):
-    config = tiny_config(
+def test_a_run_that_cannot_go_on_says_why_at_once(tmp_path, tiny_lake):
+    config = tiny_lake(
         tmp_path, "train.overrides.optimiser.learning_rate=1e30", "train.trainer.max_epochs=3"
     )
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
     with pytest.raises(TrainingError, match=r"The loss of epoch \d is .*lower optimiser.learning"):
         train.run(config)
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_checkpoints_may_lie_in_an_object_store(tmp_path):
+def test_checkpoints_may_lie_in_an_object_store(tmp_path, tiny_lake):
     with running_store("tests.moto_server") as options:
-        config = tiny_config(tmp_path, f"storage.checkpoints=s3://{BUCKET}/checkpoints")
-        for stage in (generate, ingest, build_sequences):
-            stage.run(config)
+        config = tiny_lake(tmp_path, f"storage.checkpoints=s3://{BUCKET}/checkpoints")
         storage = config.storage.model_copy(update={"options": options})
         config = config.model_copy(update={"storage": storage})
         train.run(_with_train(config, name="far"))

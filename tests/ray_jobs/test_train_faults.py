@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs import build_sequences, generate, ingest, train
+from ray_jobs import train
 from ray_jobs.errors import JobError
 from ray_jobs.train import read_history
-from tests.ray_jobs.conftest import TINY, tiny_config
+from tests.ray_jobs.conftest import TINY
 from tests.ray_jobs.test_faults import QUICK_TO_NOTICE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -52,10 +52,8 @@ cluster.shutdown()
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_training_goes_on_with_the_workers_that_are_left(tmp_path):
-    config = tiny_config(tmp_path, *SETTINGS)
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+def test_a_training_goes_on_with_the_workers_that_are_left(tmp_path, tiny_lake):
+    tiny_lake(tmp_path, *SETTINGS)
     done = subprocess.run(
         [sys.executable, "-c", NODE_DIES, *TINY, *SETTINGS],
         cwd=ROOT,
@@ -84,12 +82,10 @@ def test_a_training_goes_on_with_the_workers_that_are_left(tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_without_memory_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
-    config = tiny_config(
+def test_a_worker_without_memory_goes_on_from_the_last_checkpoint(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(
         tmp_path, "train.name=lean", "train.num_workers=2", "train.trainer.checkpoint_every_steps=2"
     )
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
     marker = tmp_path / "went-on-at"
 
     def is_short(trainer):
@@ -110,11 +106,9 @@ def test_a_worker_without_memory_goes_on_from_the_last_checkpoint(tmp_path, monk
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_never_has_the_memory_stops_the_run_with_what_would_fit(
-    tmp_path, monkeypatch
+    tmp_path, tiny_lake, monkeypatch
 ):
-    config = tiny_config(tmp_path, "train.name=lean", "train.num_workers=2", "train.max_failures=1")
-    for stage in (generate, ingest, build_sequences):
-        stage.run(config)
+    config = tiny_lake(tmp_path, "train.name=lean", "train.num_workers=2", "train.max_failures=1")
 
     def is_short(trainer):
         return trainer.rank == 1 and trainer.step == 1
