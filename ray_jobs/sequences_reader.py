@@ -3,14 +3,12 @@ vocabulary, a second one encodes with it."""
 
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 from deltalake import DeltaTable
 
 from data_lake.errors import TableError
-from data_lake.parquet import read_files
 from data_lake.tables import (
     files_by_bucket,
     open_table,
@@ -18,6 +16,7 @@ from data_lake.tables import (
     read_table,
     table_exists,
 )
+from ray_jobs.bucket_tasks import count_bucket, encode_bucket
 from ray_jobs.config import PipelineConfig
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
@@ -25,11 +24,7 @@ from recsys.context import ContextEncoder
 from recsys.item_table import ItemFeatures
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
-from recsys.splits import Split, SplitConfig, can_train, split_offsets
-from recsys.targets import FIELD, TargetsConfig
 from recsys.tokens import TokenStore, list_column
-
-_COLUMNS = ("user_id", "segment", "item_ids", "timestamps")
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def learn_vocabulary(
         items_version: of the items table; None: as it is now.
     """
     counted = _buckets(sequences).map_batches(
-        _count_bucket,
+        count_bucket,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={
@@ -140,10 +135,14 @@ def load_tokens(
 ) -> ray.data.Dataset:
     """Encoded sequences, a row a user (`TokenStore.to_arrow`), in the object store."""
     encoded = _buckets(sequences).map_batches(
-        _encode_bucket,
+        encode_bucket,
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs={"vocabulary": vocabulary, "options": config.storage.options},
+        fn_kwargs={
+            "catalogue": vocabulary.catalogue,
+            "context": vocabulary.context,
+            "options": config.storage.options,
+        },
     )
     return encoded.materialize()
 
@@ -174,97 +173,6 @@ def _list_fields(sequences: DeltaTable, config: PipelineConfig) -> list[str]:
             "ingest.context and map it, or leave it out."
         )
     return fields
-
-
-def _count_bucket(
-    batch: pa.Table,
-    *,
-    split: SplitConfig,
-    targets: TargetsConfig,
-    fields: list[str],
-    options: dict[str, str],
-    new_since_s: int | None = None,
-) -> pa.Table:
-    columns = (*_COLUMNS, *map(list_column, fields))
-    sequences = read_files(batch["files"][0].as_py(), columns, options).combine_chunks()
-    is_target_T = (
-        targets.mark(_flatten(sequences, list_column(FIELD))) if targets.event_types else None
-    )
-    timestamps_T = _flatten(sequences, "timestamps").cast(pa.int64()).to_numpy()
-    offsets_U = _offsets(sequences)
-    cut = split_offsets(offsets_U, timestamps_T, split, is_target_T)
-    places_T = np.arange(offsets_U[-1])
-    is_training = pa.array(places_T < np.repeat(cut.train_end_U, np.diff(offsets_U)))
-    if new_since_s is not None:
-        is_new_T = timestamps_T >= new_since_s * 1_000_000
-        is_target_T = is_new_T if is_target_T is None else is_new_T & is_target_T
-    items = _flatten(sequences, "item_ids")
-    # Items that were only seen later are in the catalogue too, with a count of 0.
-    parts = [
-        _users(cut, can_train(offsets_U, cut, is_target_T)),
-        _last_moment(timestamps_T, is_training),
-        _count("item_id", pc.if_else(is_training, 1, 0), item_id=items),
-        _count("segment", pa.array(np.ones(len(sequences), np.int64)), value=_segments(sequences)),
-    ]
-    for field in fields:
-        values = _flatten(sequences, list_column(field)).filter(is_training)
-        parts.append(_count(field, pa.array(np.ones(len(values), np.int64)), value=values))
-    id_type = sequences.schema.field("item_ids").type.value_type
-    schema = pa.schema(
-        [
-            ("field", pa.string()),
-            ("item_id", id_type),
-            ("value", pa.string()),
-            ("count", pa.int64()),
-        ]
-    )
-    return pa.concat_tables([_with_schema(part, schema) for part in parts])
-
-
-def _encode_bucket(batch: pa.Table, *, vocabulary: Vocabulary, options: dict[str, str]) -> pa.Table:
-    fields = [name for name in vocabulary.context.config.categorical if name != "segment"]
-    columns = (*_COLUMNS, *map(list_column, fields))
-    sequences = read_files(batch["files"][0].as_py(), columns, options)
-    return TokenStore.from_sequences(sequences, vocabulary.catalogue, vocabulary.context).to_arrow()
-
-
-def _offsets(sequences: pa.Table) -> np.ndarray:
-    lengths_U = sequences["item_ids"].chunk(0).value_lengths().to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64)
-
-
-def _users(cut: Split, is_trainable_U: np.ndarray) -> pa.Table:
-    numbers = [int(is_trainable_U.sum()), int((cut.validation_U >= 0).sum())]
-    counts = {"value": ["trainable", "validated"], "count": numbers}
-    return pa.table({"field": ["users", "users"], **counts})
-
-
-def _last_moment(timestamps_T: np.ndarray, is_training: pa.Array) -> pa.Table:
-    last_us = pc.max(pa.array(timestamps_T).filter(is_training))
-    return pa.table({"field": ["trained_until_us"], "count": [last_us.as_py()]})
-
-
-def _count(field: str, ones: pa.Array, **columns: pa.Array) -> pa.Table:
-    ((name, values),) = columns.items()
-    table = pa.table({name: values, "count": ones}).filter(pc.is_valid(values))
-    counts = table.group_by(name).aggregate([("count", "sum")]).rename_columns([name, "count"])
-    return counts.append_column("field", pa.array([field] * len(counts), pa.string()))
-
-
-def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, names=schema.names).cast(schema)
-
-
-def _flatten(sequences: pa.Table, column: str) -> pa.Array:
-    return sequences[column].chunk(0).flatten()
-
-
-def _segments(sequences: pa.Table) -> pa.Array:
-    return sequences["segment"].chunk(0)
 
 
 def _as_counts(counts: pa.Table) -> dict[str, int]:

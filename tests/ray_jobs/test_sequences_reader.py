@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_lake.schemas import sequences_schema
+from ray_jobs.bucket_tasks import count_bucket
 from ray_jobs.config import TrainConfig
-from ray_jobs.sequences_reader import _count_bucket
 from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.splits import SplitConfig, can_train, split_tokens
@@ -35,7 +35,7 @@ def _sequences(num_users=40):
 
 def _count(path, targets, new_since_s=None):
     batch = pa.table({"files": [[str(path)]]})
-    counted = _count_bucket(
+    counted = count_bucket(
         batch,
         split=SplitConfig(),
         targets=targets,
