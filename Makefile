@@ -36,11 +36,11 @@ serve: setup  ## the endpoint for the version that an earlier demo published; DA
 	$(BIN)/python -m ray_jobs.demo --data $(DATA) --serve-only $(ARGS)
 
 test: setup  ## unit tests, then Ray, Serve and end-to-end tests
-	$(BIN)/python -m pytest -q -n 2 -m 'not ray and not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not ray and not slow and not gpu'
 	$(BIN)/python -m pytest -q -m 'ray and not slow and not gpu'
 
 test-slow: setup  ## faults and long end-to-end runs
-	$(BIN)/python -m pytest -q -n 2 -m 'slow and not ray and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'slow and not ray and not gpu'
 	$(BIN)/python -m pytest -q -m 'slow and ray and not gpu'
 
 lint: setup  ## ruff and mypy

@@ -135,8 +135,10 @@ def _count_targets(
 
 def _count_from_first(timestamps_T: np.ndarray, moment_s: int | None) -> int:
     """A moment on the scale of `context.count_seconds`; 0 for none."""
+    if moment_s is None:
+        return 0
     times_T = timestamps_T[timestamps_T != NO_TIME]
-    if moment_s is None or len(times_T) == 0:
+    if len(times_T) == 0:
         return 0
     return max(1, (moment_s * 1_000_000 - int(times_T.min())) // 1_000_000 + 1)
 

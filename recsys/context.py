@@ -148,9 +148,14 @@ def count_seconds(timestamps_us: np.ndarray) -> np.ndarray:
     is later than 68 years counts as that.
     """
     is_known = timestamps_us != NO_TIME
-    first_us = timestamps_us.min(where=is_known, initial=np.iinfo(np.int64).max)
-    seconds = np.where(is_known, timestamps_us - np.where(is_known, first_us, 0), 0) // 1_000_000
-    return np.where(is_known, np.minimum(seconds, 2**31 - 2) + 1, 0).astype(np.int32)
+    known_us = timestamps_us[is_known]
+    seconds = np.zeros(timestamps_us.shape, np.int32)
+    if len(known_us):
+        known_us -= known_us.min()
+        known_us //= 1_000_000
+        np.minimum(known_us, 2**31 - 2, out=known_us)
+        seconds[is_known] = known_us + 1
+    return seconds
 
 
 def _encode_time(
