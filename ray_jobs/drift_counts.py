@@ -13,17 +13,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_lake.buckets import hash_ids
 from data_lake.parquet import read_files
-from ray_jobs.drift_periods import Periods
+from ray_jobs.drift_axes import NUM_GROUPS, Periods, group_of
+from ray_jobs.drift_items import (
+    MISSING,
+    NUM_ITEM_GROUPS,
+    OTHER,
+    ItemFacts,
+    microseconds,
+    parse_ids,
+    value_codes,
+)
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.drift import POPULARITY_LABELS, Measure
 
-NUM_GROUPS = 256
-NUM_ITEM_GROUPS = 64
 MAX_VALUES = 30
-"""Values of a context field, and categories, that have a count of their own."""
-OTHER, MISSING = "(other)", "(none)"
+"""Values of a context field that have a count of their own."""
 HISTORY_EDGES = (1, 2, 5, 10, 20, 50)
 HISTORY_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50+")
 LIVE_MEASURES = ("live_hit_rate", "live_click_through", "coverage", "scores")
@@ -32,35 +37,6 @@ _HIT_LIST = 10
 _OF_EVENTS = ("user_id", "item_id", "timestamp", "event_type")
 
 Counts = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ItemFacts:
-    """What is known of each item that occurs in events or in the catalogue that serves, `[I]`."""
-
-    item_ids: pa.Array
-    popularity_HI: np.ndarray
-    """Bucket by the reference events of each half of the users: those of one half are sorted by what
-    the other did, so that no event decides on its own bucket."""
-    categories_I: np.ndarray
-    first_us_I: np.ndarray
-    """Of the first event of anybody."""
-    is_known_I: np.ndarray
-    """Whether the version that serves has it."""
-    covered_I: np.ndarray
-    """Number among the items whose coverage is watched, -1 for the others."""
-
-    @cached_property
-    def groups_I(self) -> np.ndarray:
-        """A group by hash: that other items are popular shows, which ones needs no list of them."""
-        return (hash_ids(self.item_ids) % np.uint64(NUM_ITEM_GROUPS)).astype(np.uint8)
-
-    def find(self, item_ids: pa.Array) -> np.ndarray:
-        """Rows of ids, -1 for those that nobody knows."""
-        rows: np.ndarray = pc.fill_null(pc.index_in(item_ids, self.item_ids), -1).to_numpy(
-            zero_copy_only=False
-        )
-        return rows
 
 
 @dataclass(frozen=True)
@@ -141,41 +117,6 @@ class Visits:
         return group_of(self.user_ids)[self.users_N]
 
 
-def group_of(ids: pa.Array) -> np.ndarray:
-    """Group of users by their ids, which has nothing to do with their bucket."""
-    return (hash_ids(ids) >> np.uint64(40)).astype(np.int64) % NUM_GROUPS
-
-
-def count_items(files: Sequence[str], periods: Periods, options: Mapping[str, str]) -> pa.Table:
-    """Of each item of a bucket `first_us`, and the reference events of either half of the users,
-    `even` and `odd`.
-    """
-    rows = read_files(files, ("user_id", "item_id", "timestamp"), options)
-    users = rows["user_id"].combine_chunks().dictionary_encode()
-    is_odd = (group_of(users.dictionary) % 2 == 1)[users.indices.to_numpy()]
-    times_us = _microseconds(rows["timestamp"])
-    slots = periods.slot_of(times_us)
-    is_reference = (slots >= 0) & (slots < periods.num_slots - 1)
-    found = pa.table(
-        {
-            "item_id": rows["item_id"],
-            "first_us": times_us,
-            "even": (is_reference & ~is_odd).astype(np.int64),
-            "odd": (is_reference & is_odd).astype(np.int64),
-        }
-    )
-    return add_items([found])
-
-
-def add_items(tables: Sequence[pa.Table]) -> pa.Table:
-    """Several results of `count_items` as one."""
-    grouped = pa.concat_tables(tables).group_by("item_id")
-    added = grouped.aggregate([("first_us", "min"), ("even", "sum"), ("odd", "sum")])
-    return added.rename_columns(
-        {"first_us_min": "first_us", "even_sum": "even", "odd_sum": "odd"}
-    ).combine_chunks()
-
-
 def count_bucket(
     events: Sequence[str], users: Sequence[str], plan: Plan, *pieces: pa.Table
 ) -> Counts:
@@ -183,7 +124,7 @@ def count_bucket(
 
     Args:
         events, users: files of the bucket.
-        pieces: lists that its users were shown, as `lists.split_lists` gives them.
+        pieces: lists that its users were shown, as `drift_lists.split_lists` gives them.
     """
     visits = read_visits(events, plan)
     counts = _count_visits(visits, users, plan)
@@ -198,7 +139,7 @@ def read_visits(files: Sequence[str], plan: Plan) -> Visits:
     names = [name for name in plan.context.config.categorical if name != "segment"]
     columns = list(dict.fromkeys((*_OF_EVENTS, *names)))
     rows = read_files(files, columns, plan.options, dictionary=["event_type", *names])
-    times_us = _microseconds(rows["timestamp"])
+    times_us = microseconds(rows["timestamp"])
     is_needed = times_us >= plan.periods.first_us - plan.history_us
     is_needed &= times_us < plan.periods.current_until_us
     rows, times_us = rows.filter(pa.array(is_needed)), times_us[is_needed]
@@ -249,10 +190,7 @@ def _count_visits(visits: Visits, users: Sequence[str], plan: Plan) -> Counts:
     if plan.category_labels:
         codes["categories"] = items.categories_I[visits.items_N]
     for name in plan.context.config.categorical:
-        if name == "segment":
-            values = _segments(visits, users, plan)
-        else:
-            values = visits.columns[name]
+        values = _segments(visits, users, plan) if name == "segment" else visits.columns[name]
         codes[f"context_{name}"] = value_codes(values, plan.labels_of(name))
     return {name: plan.tally(name, groups, slots, found) for name, found in codes.items()}
 
@@ -287,7 +225,7 @@ class _Keys:
     @classmethod
     def of(cls, visits: Visits, around_us: int) -> "_Keys":
         times_ms = visits.times_us_N // 1000
-        start = int(times_ms.min(initial=0 if len(times_ms) == 0 else times_ms[0]))
+        start = int(times_ms.min()) if len(times_ms) else 0
         span = int(times_ms.max(initial=start)) - start + around_us // 1000 + 1
         return cls(visits.users_N * span + times_ms - start, start, span)
 
@@ -322,9 +260,7 @@ def _count_answers(shown: pa.Table, visits: Visits, plan: Plan) -> Counts:
     }
 
 
-def _answers(
-    shown: pa.Table, visits: Visits, attribution_us: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _answers(shown: pa.Table, visits: Visits, attribution_us: int) -> tuple[np.ndarray, np.ndarray]:
     """First event after each list, and the one behind the last within the window; equal without
     any.
     """
@@ -375,21 +311,6 @@ def _listed(shown: pa.Table, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.nda
     return row, plan.items.find(ids), rank
 
 
-def parse_ids(texts: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Ids of the lake's own type from text; null for what is none."""
-    if not pa.types.is_integer(kind):
-        return texts.cast(pa.string())
-    is_number = pc.match_substring_regex(texts, r"^-?[0-9]{1,18}$")
-    return pc.if_else(is_number, texts, pa.scalar(None, pa.string())).cast(kind)
-
-
-def value_codes(values: pa.Array, labels: Sequence[str]) -> np.ndarray:
-    """Places of texts among labels that end with OTHER and MISSING."""
-    known = pc.index_in(values, pa.array(labels[:-2], pa.string()))
-    codes = pc.if_else(pc.is_null(values), len(labels) - 1, pc.fill_null(known, len(labels) - 2))
-    return np.asarray(codes.to_numpy(zero_copy_only=False), np.int64)
-
-
 def _segments(visits: Visits, files: Sequence[str], plan: Plan) -> pa.Array:
     if not files:
         return pa.nulls(len(visits.users_N), pa.string())
@@ -402,8 +323,3 @@ def _segments(visits: Visits, files: Sequence[str], plan: Plan) -> pa.Array:
 def _hours(times_us: np.ndarray, config: ContextConfig) -> np.ndarray:
     local = pa.array(times_us, pa.timestamp("us", tz=config.timezone))
     return np.asarray(pc.hour(local).to_numpy(zero_copy_only=False), np.int64)
-
-
-def _microseconds(column: pa.ChunkedArray) -> np.ndarray:
-    numbers: np.ndarray = column.combine_chunks().view(pa.int64()).to_numpy()
-    return numbers

@@ -1,8 +1,8 @@
 """How far the present has moved away from a reference period, as one number a measure.
 
 A measure is a function of counts that add up over users and days, so that they can be gathered
-anywhere in any order. `drift_null` says how large the number becomes when nothing moved. Axes beside
-those of `recsys`:
+anywhere in any order. `drift_null` says how large the number becomes when nothing moved. Axes
+beside those of `recsys`:
 
     G  groups of users      P  days of a window
     W  windows of time      K  counts of a measure (here: not results)

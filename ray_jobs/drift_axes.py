@@ -1,11 +1,24 @@
-"""Which days are compared: a reference period of whole windows, and the current window."""
+"""What counts of drift are told apart by: groups of users, and slots of time, which are each day of
+a reference period of whole windows, and the current window.
+"""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
+
+from data_lake.buckets import hash_ids
 
 DAY_US = 86_400_000_000
+NUM_GROUPS = 256
+
+
+def group_of(ids: pa.Array) -> np.ndarray:
+    """Group of users by their ids, int64; it has nothing to do with their bucket."""
+    if len(ids) == 0:
+        return np.empty(0, np.int64)
+    return (hash_ids(ids) >> np.uint64(40)).astype(np.int64) % NUM_GROUPS
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,8 @@ class Periods:
         days = (times_us - self.reference_from_us) // DAY_US
         is_reference = (days >= 0) & (days < self.num_slots - 1)
         is_current = (times_us >= self.current_from_us) & (times_us < self.current_until_us)
-        slots: np.ndarray = np.where(is_reference, days, np.where(is_current, self.num_slots - 1, -1))
-        return slots
+        slots = np.where(is_current, self.num_slots - 1, -1)
+        return np.where(is_reference, days, slots)
 
     def window_start_us(self, slots: np.ndarray) -> np.ndarray:
         """Beginning of the window of the reference period that a slot lies in."""
