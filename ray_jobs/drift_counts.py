@@ -134,6 +134,12 @@ def count_bucket(
     return counts
 
 
+def count_unowned(plan: Plan, *pieces: pa.Table) -> Counts:
+    """Counts of lists whose visitors are known by no user id: nobody's events answer them."""
+    shown = pa.concat_tables(pieces) if pieces else None
+    return count_lists(shown, plan) if shown is not None and shown.num_rows else {}
+
+
 def read_visits(files: Sequence[str], plan: Plan) -> Visits:
     """The events of a bucket that either period needs, histories before them included."""
     names = [name for name in plan.context.config.categorical if name != "segment"]
