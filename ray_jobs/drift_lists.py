@@ -66,7 +66,11 @@ def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np
     rows = pa.concat_tables([_read(file, plan) for file in files])
     times_us = microseconds(rows["timestamp"])
     slots = plan.periods.slot_of(times_us)
-    rows, times_us, slots = rows.filter(pa.array(slots >= 0)), times_us[slots >= 0], slots[slots >= 0]
+    rows, times_us, slots = (
+        rows.filter(pa.array(slots >= 0)),
+        times_us[slots >= 0],
+        slots[slots >= 0],
+    )
     shown, bucket = _prepare(rows, times_us, plan)
 
     order = np.argsort(bucket, kind="stable")
@@ -88,9 +92,7 @@ def find_score_edges(samples: Sequence[np.ndarray]) -> tuple[float, ...]:
     return tuple(np.unique(np.quantile(scores, inner)).tolist())
 
 
-def _prepare(
-    rows: pa.Table, times_us: np.ndarray, plan: ListsPlan
-) -> tuple[pa.Table, np.ndarray]:
+def _prepare(rows: pa.Table, times_us: np.ndarray, plan: ListsPlan) -> tuple[pa.Table, np.ndarray]:
     """The columns of `split_lists`, and the bucket of each row."""
     texts = rows["user_id"].combine_chunks()
     users = parse_ids(texts, plan.user_type)

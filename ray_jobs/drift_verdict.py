@@ -4,7 +4,6 @@ verdict on each measure.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,8 @@ def read_kept(folder: Path, settings: Facts) -> Kept | None:
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Replaces the file at once."""
+    """Replaces the file at once; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "computed_from": kept.computed_from,
         "score_edges": list(kept.score_edges),
@@ -78,29 +78,29 @@ def write_kept(folder: Path, kept: Kept) -> None:
 
 
 def find_gaps(gathered: Gathered) -> dict[str, str]:
-    """Measures that cannot be judged, each with the reason."""
-    gaps = {}
-    for name in gathered.plan.measures:
-        reason = _find_gap(name, gathered)
-        if reason is not None:
-            gaps[name] = reason
-    return gaps
+    """Measures for which the reference period tells no threshold, each with the reason."""
+    reasons = {name: _find_gap(name, gathered) for name in gathered.plan.measures}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def learn_thresholds(
-    config: PipelineConfig, gathered: Gathered, gaps: Mapping[str, str], kept: Kept | None
-) -> dict[str, Threshold]:
-    """The kept thresholds where they are of the same measures, or new ones."""
+def find_current_gaps(gathered: Gathered, kept: Kept) -> dict[str, str]:
+    """Measures that have a threshold, and nothing in the current period to compare with it."""
+    names = [name for name in kept.thresholds if not gathered.counts[name][:, -1].any()]
+    return dict.fromkeys(names, "nothing was counted in the current period")
+
+
+def learn_thresholds(config: PipelineConfig, gathered: Gathered, computed_from: Facts) -> Kept:
+    """Thresholds of all measures that the reference period tells any for."""
+    gaps = find_gaps(gathered)
     measures = [one for name, one in gathered.plan.measures.items() if name not in gaps]
-    if kept is not None and kept.thresholds.keys() >= {one.name for one in measures}:
-        return {one.name: kept.thresholds[one.name] for one in measures}
-    return find_thresholds(
+    thresholds = find_thresholds(
         measures,
         {one.name: split_windows(gathered, one.name) for one in measures},
         false_alarm_rate=config.monitor.false_alarm_rate,
         num_resamples=config.monitor.num_resamples,
         seed=config.seed,
     )
+    return Kept(computed_from, gathered.plan.score_edges, thresholds)
 
 
 def split_windows(gathered: Gathered, name: str) -> np.ndarray:
@@ -109,11 +109,12 @@ def split_windows(gathered: Gathered, name: str) -> np.ndarray:
     return counts[:, :-1].reshape(len(counts), periods.num_windows, periods.days, -1)
 
 
-def judge(gathered: Gathered, thresholds: Mapping[str, Threshold]) -> dict[str, Facts]:
-    """Drift, threshold and alarm of each measure that has a threshold, with both sides' shares."""
+def judge(gathered: Gathered, kept: Kept) -> dict[str, Facts]:
+    """Drift, threshold and alarm of each measure that has both, with both sides' shares."""
     return {
         name: _judge(gathered.plan.measures[name], gathered.counts[name], threshold)
-        for name, threshold in thresholds.items()
+        for name, threshold in kept.thresholds.items()
+        if gathered.counts[name][:, -1].any()
     }
 
 
@@ -142,8 +143,6 @@ def _find_gap(name: str, gathered: Gathered) -> str | None:
             f"the reference period has counts in fewer than {LEAST_GROUPS} groups of users, or a "
             "window without any"
         )
-    if not gathered.counts[name][:, -1].any():
-        return "nothing was counted in the current period"
     return None
 
 

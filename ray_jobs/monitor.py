@@ -27,9 +27,9 @@ from ray_jobs.drift_gather import Gathered, gather
 from ray_jobs.drift_report import write_drift_report
 from ray_jobs.drift_verdict import (
     Facts,
-    Kept,
     current_share,
     describe_settings,
+    find_current_gaps,
     find_gaps,
     judge,
     learn_thresholds,
@@ -76,13 +76,9 @@ def run(config: PipelineConfig) -> Report:
     )
     _refuse_empty_current(gathered)
     gaps = find_gaps(gathered)
-    with timed("thresholds"):
-        thresholds = learn_thresholds(config, gathered, gaps, kept)
-    if kept is None or kept.thresholds.keys() < thresholds.keys():
-        origin = settings | periods.describe() | {"events_version": events.version()}
-        origin["reference_until_us"] = periods.reference_until_us
-        origin["computed_at"] = _now_text()
-        kept = Kept(origin, gathered.plan.score_edges, thresholds)
+    if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
+        with timed("thresholds"):
+            kept = learn_thresholds(config, gathered, settings | _describe_origin(periods, events))
         write_kept(folder, kept)
 
     facts = {
@@ -91,8 +87,8 @@ def run(config: PipelineConfig) -> Report:
         "written_at": _now_text(),
         "periods": periods.describe(),
         "false_alarm_rate": config.monitor.false_alarm_rate,
-        "measures": judge(gathered, thresholds),
-        "gaps": gaps,
+        "measures": judge(gathered, kept),
+        "gaps": gaps | find_current_gaps(gathered, kept),
         "current": {name: current_share(gathered, name) for name in _LIVE},
         "serving_version_age_s": _age_of_version(artifact),
         "newest_event_age_s": time.time() - newest_us / 1_000_000,
@@ -164,6 +160,15 @@ def _refuse_empty_current(gathered: Gathered) -> None:
         )
 
 
+def _describe_origin(periods: Periods, events: DeltaTable) -> Facts:
+    """What thresholds are computed from, beside the settings."""
+    return periods.describe() | {
+        "reference_until_us": periods.reference_until_us,
+        "events_version": events.version(),
+        "computed_at": _now_text(),
+    }
+
+
 def _write(folder: Path, facts: Facts) -> Path:
     written = folder / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     written.mkdir(parents=True, exist_ok=True)
@@ -217,7 +222,9 @@ def _report(facts: Facts, written: Path) -> Report:
 
 def _age_of_version(artifact: Artifact) -> float | None:
     published = artifact.manifest.get("published_at")
-    return None if published is None else time.time() - as_us(datetime.fromisoformat(published)) / 1e6
+    if published is None:
+        return None
+    return time.time() - datetime.fromisoformat(published).timestamp()
 
 
 def _now_text() -> str:

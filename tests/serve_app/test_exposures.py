@@ -9,7 +9,7 @@ from serve_app.metrics import Metrics
 
 def make_exposure(number):
     return Exposure(
-        f"r{number}", f"u{number}", None, number, "v1", "model", False, ("i1", f"i{number}")
+        f"r{number}", f"u{number}", None, number, "v1", "model", False, ("i1", f"i{number}"), 0.5
     )
 
 
@@ -28,6 +28,7 @@ def test_lists_are_written_before_the_log_closes(tmp_path):
     assert table.schema == SCHEMA
     assert table["recommendation_id"].to_pylist() == [f"r{number}" for number in range(5)]
     assert table["item_ids"].to_pylist()[3] == ["i1", "i3"]
+    assert table["top_score"].to_pylist() == [0.5] * 5
     assert list(tmp_path.glob(".*")) == []
 
 
