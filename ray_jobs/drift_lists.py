@@ -7,6 +7,7 @@ They do not go through the lake: a list is needed once, by its time, and the log
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,7 @@ def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np
     order = np.argsort(bucket, kind="stable")
     edges = np.searchsorted(bucket[order], np.arange(plan.num_buckets + 2))
     ordered = shown.take(pa.array(order))
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         yield ordered.slice(start, stop - start)
     scores = shown["score"].to_numpy()
     is_reference = (slots < plan.periods.num_slots - 1) & ~np.isnan(scores)
@@ -84,7 +85,7 @@ def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np
 
 
 def find_score_edges(samples: Sequence[np.ndarray]) -> tuple[float, ...]:
-    """Deciles of the scores, without repetitions; none where there are fewer scores than deciles."""
+    """Distinct deciles of the scores; none where there are fewer scores than deciles."""
     scores = np.concatenate([*samples, np.empty(0)])
     if len(scores) < _NUM_DECILES:
         return ()

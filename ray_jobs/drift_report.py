@@ -36,13 +36,13 @@ _MEANINGS = {
     "coverage": "share of the catalogue that equally many lists of either period show",
 }
 _HOW = (
-    "Drift is the population stability index (PSI) of two histograms, and of a share by how much it "
-    "rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin that "
-    "one period lacks is smoothed, and values that the version does not know are one bin of their "
-    "own. Thresholds come from the reference period: windows of it are shifted within groups of "
-    "users, and one is compared with the others. Together they let {rate:.1%} of the runs without "
-    "drift raise an alarm. Dispersion is how much more days vary than users explain; thresholds "
-    "are raised by it."
+    "Drift is the population stability index (PSI) of two histograms, and of a share by how much "
+    "it rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin "
+    "that one period lacks is smoothed, and values that the version does not know are one bin of "
+    "their own. Thresholds come from the reference period: windows of it are shifted within groups "
+    "of users, and one is compared with the others. Together they let {rate:.1%} of the runs "
+    "without drift raise an alarm. Dispersion is how much more days vary than users explain; "
+    "thresholds are raised by it."
 )
 
 

@@ -50,7 +50,7 @@ _LIVE = {
 
 
 def run(config: PipelineConfig) -> Report:
-    """Compares both periods and reports. Raises: JobError, ArtifactError, TableError, SourceError."""
+    """Compares both periods and reports. Raises: JobError, ArtifactError, LakeError."""
     folder = _monitor_folder(config)
     registry = Path(config.storage.registry_uri)
     artifact = load_artifact(registry / serving_version(registry))
