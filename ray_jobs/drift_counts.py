@@ -114,7 +114,8 @@ class Visits:
 
     @property
     def groups_N(self) -> np.ndarray:
-        return group_of(self.user_ids)[self.users_N]
+        groups_N: np.ndarray = group_of(self.user_ids)[self.users_N]
+        return groups_N
 
 
 def count_bucket(
@@ -208,7 +209,8 @@ def _is_unknown(visits: Visits, slots_N: np.ndarray, plan: Plan) -> np.ndarray:
     first_us, is_known = plan.items.first_us_I[visits.items_N], plan.items.is_known_I
     is_current = slots_N == plan.periods.num_slots - 1
     was_unseen = first_us >= plan.periods.window_start_us(slots_N)
-    return ~is_known[visits.items_N] | (~is_current & was_unseen)
+    is_unknown_N: np.ndarray = ~is_known[visits.items_N] | (~is_current & was_unseen)
+    return is_unknown_N
 
 
 def _history_lengths(visits: Visits, history_us: int) -> np.ndarray:
@@ -238,7 +240,8 @@ class _Keys:
     def count_until(self, users: np.ndarray, times_us: np.ndarray) -> np.ndarray:
         """Number of events of earlier users, and of these until those times."""
         since_ms = np.clip(times_us // 1000 - self.start_ms, -1, self.span_ms - 1)
-        return np.searchsorted(self.keys_N, users * self.span_ms + since_ms, side="right")
+        keys = users * self.span_ms + since_ms
+        return np.asarray(np.searchsorted(self.keys_N, keys, side="right"), np.int64)
 
 
 def _count_answers(shown: pa.Table, visits: Visits, plan: Plan) -> Counts:

@@ -89,9 +89,13 @@ def find_current_gaps(gathered: Gathered, kept: Kept) -> dict[str, str]:
     return dict.fromkeys(names, "nothing was counted in the current period")
 
 
-def learn_thresholds(config: PipelineConfig, gathered: Gathered, computed_from: Facts) -> Kept:
-    """Thresholds of all measures that the reference period tells any for."""
-    gaps = find_gaps(gathered)
+def learn_thresholds(config: PipelineConfig, gathered: Gathered, origin: Facts) -> Kept:
+    """Thresholds of all measures that the reference period tells any for.
+
+    Args:
+        origin: what they are computed from, beside the periods.
+    """
+    gaps, periods = find_gaps(gathered), gathered.plan.periods
     measures = [one for name, one in gathered.plan.measures.items() if name not in gaps]
     thresholds = find_thresholds(
         measures,
@@ -100,7 +104,8 @@ def learn_thresholds(config: PipelineConfig, gathered: Gathered, computed_from: 
         num_resamples=config.monitor.num_resamples,
         seed=config.seed,
     )
-    return Kept(computed_from, gathered.plan.score_edges, thresholds)
+    until = {"reference_until_us": periods.reference_until_us}
+    return Kept(origin | periods.describe() | until, gathered.plan.score_edges, thresholds)
 
 
 def split_windows(gathered: Gathered, name: str) -> np.ndarray:

@@ -56,29 +56,23 @@ def run(config: PipelineConfig) -> Report:
     artifact = load_artifact(registry / serving_version(registry))
     events = open_table(config.storage.lake_uri, "events", config.storage.options)
     newest_us = _newest_event_us(events)
+
     settings = describe_settings(config, artifact.version)
     kept = read_kept(folder, settings)
-    periods = choose_periods(
-        config.monitor,
-        newest_us=newest_us,
-        trained_until_us=artifact.manifest.get("trained_until_us"),
-        kept_until_us=None if kept is None else kept.reference_until_us,
-    )
+    trained_until_us = artifact.manifest.get("trained_until_us")
+    periods = choose_periods(config.monitor, newest_us, trained_until_us, kept)
     if kept is not None and kept.reference_until_us != periods.reference_until_us:
         kept = None
+    edges = None if kept is None else kept.score_edges
     gathered = gather(
-        config,
-        artifact,
-        events,
-        periods,
-        events_until_us=newest_us,
-        score_edges=None if kept is None else kept.score_edges,
+        config, artifact, events, periods, events_until_us=newest_us, score_edges=edges
     )
     _refuse_empty_current(gathered)
     gaps = find_gaps(gathered)
     if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
         with timed("thresholds"):
-            kept = learn_thresholds(config, gathered, settings | _describe_origin(periods, events))
+            origin = settings | {"events_version": events.version(), "computed_at": _now_text()}
+            kept = learn_thresholds(config, gathered, origin)
         write_kept(folder, kept)
 
     facts = {
@@ -100,18 +94,14 @@ def run(config: PipelineConfig) -> Report:
 
 
 def choose_periods(
-    monitor: MonitorConfig,
-    *,
-    newest_us: int,
-    trained_until_us: int | None,
-    kept_until_us: int | None = None,
+    monitor: MonitorConfig, newest_us: int, trained_until_us: int | None, kept: Kept | None
 ) -> Periods:
     """Both periods, as `MonitorConfig` says.
 
     Args:
         newest_us: time of the newest event.
         trained_until_us: of the newest event that the version was trained on, if known.
-        kept_until_us: end of the reference period of earlier runs for this version.
+        kept: thresholds of earlier runs for this version, whose reference period stays.
 
     Raises: JobError where the periods would overlap.
     """
@@ -120,8 +110,8 @@ def choose_periods(
     current_from_us = current_until_us - monitor.days * DAY_US
     if monitor.reference_until is not None:
         reference_until_us = as_us(monitor.reference_until)
-    elif kept_until_us is not None and kept_until_us <= current_from_us:
-        reference_until_us = kept_until_us
+    elif kept is not None and kept.reference_until_us <= current_from_us:
+        reference_until_us = kept.reference_until_us
     else:
         trained_us = current_from_us if trained_until_us is None else trained_until_us + 1
         reference_until_us = min(trained_us, current_from_us)
@@ -158,15 +148,6 @@ def _refuse_empty_current(gathered: Gathered) -> None:
             f"There is no event in the current period, {times['current_from']} to "
             f"{times['current_until']}; ingest newer events, or set monitor.current_until."
         )
-
-
-def _describe_origin(periods: Periods, events: DeltaTable) -> Facts:
-    """What thresholds are computed from, beside the settings."""
-    return periods.describe() | {
-        "reference_until_us": periods.reference_until_us,
-        "events_version": events.version(),
-        "computed_at": _now_text(),
-    }
 
 
 def _write(folder: Path, facts: Facts) -> Path:

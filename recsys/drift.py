@@ -51,7 +51,9 @@ def measure_drift(measure: Measure, reference_K: np.ndarray, current_K: np.ndarr
     if measure.kind == "shares":
         return psi(reference_K, current_K)
     if measure.kind == "coverage":
-        return np.abs(np.subtract(*covered_shares(reference_K, current_K)))
+        reference, current = covered_shares(reference_K, current_K)
+        difference: np.ndarray = np.abs(current - reference)
+        return difference
     rise: np.ndarray = share_with(current_K) - share_with(reference_K)
     return rise if measure.kind == "rise" else -rise
 
@@ -74,8 +76,8 @@ def jensen_shannon(reference_K: np.ndarray, current_K: np.ndarray) -> np.ndarray
     p_K, q_K = smoothed_shares(reference_K, current_K)
     middle_K = (p_K + q_K) / 2
     both = p_K * _log_ratio(p_K, middle_K) + q_K * _log_ratio(q_K, middle_K)
-    found: np.ndarray = both.sum(axis=-1) / (2 * np.log(2))
-    return np.maximum(found, 0.0)
+    found: np.ndarray = np.maximum(both.sum(axis=-1) / (2 * np.log(2)), 0.0)
+    return found
 
 
 def smoothed_shares(reference_K: np.ndarray, current_K: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -144,4 +146,5 @@ def popularity_buckets(counts_I: np.ndarray) -> np.ndarray:
 def _log_ratio(p_K: np.ndarray, q_K: np.ndarray) -> np.ndarray:
     """Natural logarithm of `p / q`, 0 where there is no p."""
     ratio_K = np.divide(p_K, q_K, out=np.ones_like(p_K), where=p_K > 0)
-    return np.log(ratio_K)
+    logarithm_K: np.ndarray = np.log(ratio_K)
+    return logarithm_K

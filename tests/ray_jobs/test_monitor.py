@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,10 @@ def write_lists(root, events, *, hit_rate, seed=0):
         rows.append(exposure(row["user_id"], at, names, top_score=rng.normal()))
     folder = root / "exposures"
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    first_us = table["timestamp"][0].cast(pa.int64()).as_py()
-    pq.write_table(table, folder / f"exposures-{first_us}-{'ab' * 16}.parquet")
+    for day, some in groupby(rows, key=lambda row: row["timestamp"].date()):
+        table = pa.Table.from_pylist(list(some), schema=SCHEMA)
+        first_us = round(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1e6)
+        pq.write_table(table, folder / f"exposures-{first_us}-{first_us:032x}.parquet")
 
 
 def exposure(user_id, at, item_ids, **others):
@@ -264,13 +266,9 @@ def test_a_rate_that_resamples_cannot_tell_is_refused():
 def test_the_reference_period_ends_with_training_and_before_the_current_one(
     trained_day, kept_day, expected_day
 ):
-    until = {
-        name: None if day is None else day * DAY_US
-        for name, day in (("trained_until_us", trained_day), ("kept_until_us", kept_day))
-    }
-    if trained_day is not None:
-        until["trained_until_us"] -= 1
-    periods = monitor.choose_periods(MonitorConfig(), newest_us=100 * DAY_US - 1, **until)
+    kept = None if kept_day is None else Kept({"reference_until_us": kept_day * DAY_US}, (), {})
+    trained_us = None if trained_day is None else trained_day * DAY_US - 1
+    periods = monitor.choose_periods(MonitorConfig(), 100 * DAY_US - 1, trained_us, kept)
     assert periods == Periods(expected_day * DAY_US, 100 * DAY_US, 2, 7)
     assert periods.reference_from_us == (expected_day - 14) * DAY_US
 
@@ -278,7 +276,7 @@ def test_the_reference_period_ends_with_training_and_before_the_current_one(
 def test_periods_that_overlap_are_refused():
     asked = MonitorConfig(reference_until=datetime(2025, 10, 6, tzinfo=UTC))
     with pytest.raises(JobError, match=r"begins on 2025-10-01.*, before the reference period ends"):
-        monitor.choose_periods(asked, newest_us=START_US + 2 * DAY_US, trained_until_us=None)
+        monitor.choose_periods(asked, START_US + 2 * DAY_US, None, None)
 
 
 def test_slots_are_days_of_the_reference_and_the_current_period():
