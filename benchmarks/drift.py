@@ -29,7 +29,7 @@ from data_lake.synthetic import FIRST_ITEM_ID, Shop, ShopConfig, build_shop, ite
 from data_lake.synthetic_events import generate_part
 from data_lake.synthetic_rows import clean_rows
 from data_lake.synthetic_visits import users_table
-from ray_jobs.config import MonitorConfig, PipelineConfig
+from ray_jobs.config import MonitorConfig
 from ray_jobs.drift_axes import DAY_US, Periods, group_of
 from ray_jobs.drift_counts import Counts, Plan, count_bucket
 from ray_jobs.drift_gather import Gathered
@@ -52,14 +52,6 @@ REFERENCE_UNTIL, CURRENT_UNTIL = 119, 126
 MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=1_000)
 STRENGTHS = (0.02, 0.05, 0.1, 0.2)
 LIST_SHARE, LIST_LENGTH, MINUTE_US = 0.25, 10, 60_000_000
-CONFIG = PipelineConfig.model_validate(
-    {
-        "name": "drift",
-        "storage": {"root": "unused"},
-        "ingest": {"user_id": "int64", "item_id": "int64", "events": [], "num_buckets": 1},
-        "monitor": MONITOR.model_dump(),
-    }
-)
 
 Change = Callable[[Shop, pa.Table, np.ndarray, np.random.Generator], pa.Table]
 """Rows, and which of them are changed."""
@@ -255,7 +247,7 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
             week = draw_week(shop, part, folder)
             plan = make_plan(shop, week, folder)
             counts = count_week(week, plan, folder)
-            kept = learn_thresholds(CONFIG, Gathered(counts, plan, 0), {})
+            kept = learn_thresholds(MONITOR, Gathered(counts, plan, 0), {})
             alarms = find_alarms(counts, plan, kept)
             measures |= kept.thresholds.keys()
             false_alarms.update(alarms)
@@ -330,15 +322,17 @@ def render(result: Mapping[str, Any]) -> str:
         "# Drift: false alarms and detection",
         "",
         f"`python -m benchmarks.drift` on {result['machine']}, {result['seconds']:.0f} s.",
-        f"Shops of {result['users']:,} users; {result['events_of_the_current_week']:,.0f} events in "
-        f"the current week on average; {len(result['measures'])} measures; reference of two weeks.",
+        f"Shops of {result['users']:,} users; {result['events_of_the_current_week']:,.0f} events "
+        f"in the current week on average; {len(result['measures'])} measures; two weeks of "
+        "reference.",
         "",
         f"False alarms: {wrong} of {total} runs without drift raised any alarm, "
         f"{wrong / total:.1%} (95 % interval {low:.1%} to {high:.1%}); "
-        f"{result['false_alarm_rate_asked']:.0%} was asked for. By measure: {by_measure or 'none'}.",
+        f"{result['false_alarm_rate_asked']:.0%} was asked for. By measure: "
+        f"{by_measure or 'none'}.",
         "",
-        "Detection: share of runs with an alarm where a share of the current week's events or lists "
-        "was changed, by any measure and by the one that the change is about.",
+        "Detection: share of runs with an alarm where a share of the current week's events or "
+        "lists was changed, by any measure and by the one that the change is about.",
         "",
         "| what changes | measure | share changed | runs | any alarm | alarm of the measure |",
         "|---|---|---:|---:|---:|---:|",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import MonitorConfig, PipelineConfig
 from ray_jobs.drift_axes import as_text
 from ray_jobs.drift_counts import LIVE_MEASURES
 from ray_jobs.drift_gather import Gathered
@@ -89,7 +89,9 @@ def find_current_gaps(gathered: Gathered, kept: Kept) -> dict[str, str]:
     return dict.fromkeys(names, "nothing was counted in the current period")
 
 
-def learn_thresholds(config: PipelineConfig, gathered: Gathered, origin: Facts) -> Kept:
+def learn_thresholds(
+    monitor: MonitorConfig, gathered: Gathered, origin: Facts, *, seed: int = 0
+) -> Kept:
     """Thresholds of all measures that the reference period tells any for.
 
     Args:
@@ -100,9 +102,9 @@ def learn_thresholds(config: PipelineConfig, gathered: Gathered, origin: Facts) 
     thresholds = find_thresholds(
         measures,
         {one.name: split_windows(gathered, one.name) for one in measures},
-        false_alarm_rate=config.monitor.false_alarm_rate,
-        num_resamples=config.monitor.num_resamples,
-        seed=config.seed,
+        false_alarm_rate=monitor.false_alarm_rate,
+        num_resamples=monitor.num_resamples,
+        seed=seed,
     )
     until = {"reference_until_us": periods.reference_until_us}
     return Kept(origin | periods.describe() | until, gathered.plan.score_edges, thresholds)

@@ -27,6 +27,7 @@ from ray_jobs.drift_gather import Gathered, gather
 from ray_jobs.drift_report import write_drift_report
 from ray_jobs.drift_verdict import (
     Facts,
+    Kept,
     current_share,
     describe_settings,
     find_current_gaps,
@@ -72,7 +73,7 @@ def run(config: PipelineConfig) -> Report:
     if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
         with timed("thresholds"):
             origin = settings | {"events_version": events.version(), "computed_at": _now_text()}
-            kept = learn_thresholds(config, gathered, origin)
+            kept = learn_thresholds(config.monitor, gathered, origin, seed=config.seed)
         write_kept(folder, kept)
 
     facts = {
