@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.measure import machine
@@ -48,10 +49,12 @@ SHOP = ShopConfig(
     new_item_share=0.0,
 )
 # Sign-ups end after 70 % of the days: from there on, and a history later, all days are alike.
-REFERENCE_UNTIL, CURRENT_UNTIL = 119, 126
+FIRST_DAY, REFERENCE_UNTIL, CURRENT_UNTIL = 84, 119, 126
+UNKNOWN_IDS = np.arange(20) + FIRST_ITEM_ID + SHOP.num_items
 MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=1_000)
 STRENGTHS = (0.02, 0.05, 0.1, 0.2)
 LIST_SHARE, LIST_LENGTH, MINUTE_US = 0.25, 10, 60_000_000
+NEVER_US = np.iinfo(np.int64).max
 
 Change = Callable[[Shop, pa.Table, np.ndarray, np.random.Generator], pa.Table]
 """Rows, and which of them are changed."""
@@ -70,16 +73,17 @@ def draw_week(shop: Shop, part: int, folder: Path) -> Week:
     """One part of the users: all of their events, and lists of successors a minute before some."""
     trajectories = generate_part(shop, part)
     events = clean_rows(shop, part, trajectories)
+    times_us, first_us = trajectories.moments.time_us, shop.config.start_us + FIRST_DAY * DAY_US
     users = str(folder / "users.parquet")
     pq.write_table(users_table(trajectories.visitors), users)
     rng = np.random.default_rng([7, part])
     follows = np.flatnonzero(~trajectories.moments.starts_session)
-    shown = follows[rng.random(len(follows)) < LIST_SHARE]
+    shown = follows[(rng.random(len(follows)) < LIST_SHARE) & (times_us[follows] >= first_us)]
     items = shop.successors_IF[trajectories.item[shown - 1], :LIST_LENGTH]
     user_ids = events["user_id"].combine_chunks().take(pa.array(shown))
     # Just behind what is being looked at, long before the attribution window ends.
-    times_us = trajectories.moments.time_us[shown - 1] + 1_000
-    return Week(events, list_rows(shop, user_ids, times_us, items, rng), users)
+    lists = list_rows(shop, user_ids, times_us[shown - 1] + 1_000, items, rng)
+    return Week(events.filter(pa.array(times_us >= first_us)), lists, users)
 
 
 def list_rows(
@@ -170,7 +174,7 @@ def flatten_popularity(shop: Shop, rows: pa.Table, chosen: np.ndarray, rng: Any)
 
 
 def add_unknown(shop: Shop, rows: pa.Table, chosen: np.ndarray, rng: Any) -> pa.Table:
-    items = FIRST_ITEM_ID + SHOP.num_items + rng.integers(0, 20, len(chosen))
+    items = rng.choice(UNKNOWN_IDS, len(chosen))
     return _with(rows, "item_id", np.where(chosen, items, rows["item_id"].to_numpy()))
 
 
@@ -233,16 +237,16 @@ def find_alarms(counts: Counts, plan: Plan, kept: Kept) -> set[str]:
 
 
 def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
-    """Calm runs until they are enough or two thirds of the time are over, then drifting ones."""
+    """Calm runs until they are enough or the time is over; the first ones are changed as well."""
     started = time.perf_counter()
     shop = build_shop(SHOP, 0)
     false_alarms: Counter[str] = Counter()
     num_false, done, measures, num_events = 0, 0, set[str](), []
-    found: dict[str, dict[float, list[set[str]]]] = {}
+    found: dict[tuple[str, float], list[set[str]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in range(num_calm):
-            if time.perf_counter() - started > max_seconds * 0.97:
+            if time.perf_counter() - started > max_seconds:
                 break
             week = draw_week(shop, part, folder)
             plan = make_plan(shop, week, folder)
@@ -254,7 +258,8 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
             num_false, done = num_false + bool(alarms), done + 1
             num_events.append(int(counts["popularity"][:, -1].sum()))
             if part < num_drifting:
-                _drift_once(shop, week, plan, kept, folder, found, part)
+                for one in drift_once(shop, week, plan, counts, kept, folder, part):
+                    found.setdefault(one[:2], []).append(one[2])
     return {
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -265,31 +270,33 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
         "calm_runs": done,
         "runs_with_false_alarm": num_false,
         "false_alarms_by_measure": dict(false_alarms.most_common()),
-        "detection": _summarise(found),
+        "detection": summarise(found),
     }
 
 
-def _drift_once(
-    shop: Shop,
-    week: Week,
-    plan: Plan,
-    kept: Kept,
-    folder: Path,
-    found: dict[str, dict[float, list[set[str]]]],
-    part: int,
-) -> None:
+def drift_once(
+    shop: Shop, week: Week, plan: Plan, calm: Counts, kept: Kept, folder: Path, part: int
+) -> Iterator[tuple[str, float, set[str]]]:
+    """Every change in every strength: the alarms that it raises."""
+    recent = cut(week, plan)
     for number, name in enumerate((*EVENT_CHANGES, *LIST_CHANGES)):
         for strength in STRENGTHS:
             rng = np.random.default_rng([9, part, number, round(1000 * strength)])
-            changed = change_week(shop, week, plan, name, strength, rng)
-            # New items would have no row in the plan: facts of items are learned again.
-            items = make_plan(shop, changed, folder).items
-            now = replace(plan, items=items)
-            alarms = find_alarms(count_week(changed, now, folder), now, kept)
-            found.setdefault(name, {}).setdefault(strength, []).append(alarms)
+            changed = change_week(shop, recent, plan, name, strength, rng)
+            counts = count_week(changed, plan, folder)
+            for measure, found in counts.items():
+                found[:, :-1] = calm[measure][:, :-1]
+            yield name, strength, find_alarms(counts, plan, kept)
 
 
-def _summarise(found: dict[str, dict[float, list[set[str]]]]) -> list[dict[str, Any]]:
+def cut(week: Week, plan: Plan) -> Week:
+    """What the current period needs, histories included."""
+    first_us = plan.periods.current_from_us - plan.history_us
+    is_recent = pc.greater_equal(week.events["timestamp"].cast(pa.int64()), first_us)
+    return replace(week, events=week.events.filter(is_recent))
+
+
+def summarise(found: Mapping[tuple[str, float], list[set[str]]]) -> list[dict[str, Any]]:
     expected = {name: one[1] for name, one in {**EVENT_CHANGES, **LIST_CHANGES}.items()}
     return [
         {
@@ -300,8 +307,7 @@ def _summarise(found: dict[str, dict[float, list[set[str]]]]) -> list[dict[str, 
             "measure": expected[name],
             "found_by_measure": sum(expected[name] in one for one in alarms) / len(alarms),
         }
-        for name, by_strength in found.items()
-        for strength, alarms in by_strength.items()
+        for (name, strength), alarms in found.items()
     ]
 
 

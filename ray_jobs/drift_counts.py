@@ -273,9 +273,8 @@ def _answers(shown: pa.Table, visits: Visits, attribution_us: int) -> tuple[np.n
     """First event after each list, and the one behind the last within the window; equal without
     any.
     """
-    users = pc.fill_null(
-        pc.index_in(shown["user_id"].combine_chunks(), visits.user_ids), -1
-    ).to_numpy(zero_copy_only=False)
+    found = pc.index_in(shown["user_id"].combine_chunks(), visits.user_ids)
+    users = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     times_us = shown["time_us"].to_numpy()
     keys = _Keys.of(visits, attribution_us)
     first = keys.count_until(users, times_us)

@@ -13,7 +13,7 @@ threshold is a quantile of each measure's own null, the same one for all, as far
 `false_alarm_rate` of the resamples to exceed any of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,14 +96,16 @@ def draw_null(
     """Drift of one window from the others where each group's windows are shifted at random, float64
     `[R, M]`; a resample shifts all measures alike.
     """
-    first = counts[measures[0].name]
+    num_groups, num_windows = counts[measures[0].name].shape[:2]
+    windows = [counts[measure.name].sum(axis=2) for measure in measures]
     generator = np.random.default_rng(seed)
     null = []
     for start in range(0, num_resamples, _PER_DRAW):
         size = min(_PER_DRAW, num_resamples - start)
-        shifts_RG = generator.integers(0, first.shape[1], (size, first.shape[0]))
-        columns = [_drift_of_shifted(one, counts[one.name].sum(2), shifts_RG) for one in measures]
-        null.append(np.stack(columns, axis=1))
+        shifts_RG = generator.integers(0, num_windows, (size, num_groups))
+        chosen = _choose(shifts_RG, num_windows)
+        pairs = zip(measures, windows, strict=True)
+        null.append(np.stack([_drift_of(one, found, chosen) for one, found in pairs], axis=1))
     return np.concatenate(null)
 
 
@@ -120,9 +122,10 @@ def find_dispersion(measure: Measure, counts: np.ndarray, *, seed: int = 0) -> f
     # The first one shifts nobody: that is what was observed.
     shifts_RG[0] = 0
     strength_R = np.zeros(len(shifts_RG))
-    for day in np.moveaxis(counts, 2, 0):
-        for window in range(num_windows):
-            drift_R = _drift_of_shifted(measure, day, (shifts_RG + window) % num_windows)
+    for window in range(num_windows):
+        chosen = _choose((shifts_RG + window) % num_windows, num_windows)
+        for day in np.moveaxis(counts, 2, 0):
+            drift_R = _drift_of(measure, day, chosen)
             strength_R += drift_R if measure.is_squared else drift_R**2
     observed, null_R = strength_R[0], strength_R[1:]
     if observed <= np.quantile(null_R, _BEYOND_DOUBT):
@@ -130,24 +133,17 @@ def find_dispersion(measure: Measure, counts: np.ndarray, *, seed: int = 0) -> f
     return float(max(1.0, observed / null_R.mean()))
 
 
-def _drift_of_shifted(
-    measure: Measure, counts_GWK: np.ndarray, shifts_RG: np.ndarray
-) -> np.ndarray:
-    """Drift of the windows that `shifts_RG` names, one a group, from all others; `[R]`."""
-    total_K = counts_GWK.sum(axis=(0, 1), dtype=np.float64)
-    drifts = []
-    for chosen_RGW in _chosen(shifts_RG, counts_GWK.shape[1]):
-        current_RK = chosen_RGW @ counts_GWK.reshape(-1, counts_GWK.shape[2]).astype(np.float64)
-        drifts.append(measure_drift(measure, total_K - current_RK, current_RK))
-    return np.concatenate(drifts)
+def _choose(shifts_RG: np.ndarray, num_windows: int) -> np.ndarray:
+    """One-hot rows, float64 `[R, G * W]`: a product with them adds up the window of each group."""
+    one_hot = np.arange(num_windows) == shifts_RG[..., None]
+    return one_hot.reshape(len(shifts_RG), -1).astype(np.float64)
 
 
-def _chosen(shifts_RG: np.ndarray, num_windows: int) -> Iterator[np.ndarray]:
-    """One-hot rows `[R, G * W]`, so many at a time: a product with them adds up what is chosen."""
-    for start in range(0, len(shifts_RG), _PER_DRAW):
-        chosen_RG = shifts_RG[start : start + _PER_DRAW]
-        one_hot = np.arange(num_windows) == chosen_RG[..., None]
-        yield one_hot.reshape(len(chosen_RG), -1).astype(np.float64)
+def _drift_of(measure: Measure, counts_GWK: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Drift of the chosen windows, one a group, from all others; `[R]`."""
+    counts_K = counts_GWK.reshape(-1, counts_GWK.shape[2]).astype(np.float64)
+    current_RK = chosen @ counts_K
+    return measure_drift(measure, counts_K.sum(axis=0) - current_RK, current_RK)
 
 
 def _count_above(null_RM: np.ndarray, false_alarm_rate: float) -> int:
