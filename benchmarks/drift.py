@@ -34,7 +34,7 @@ from ray_jobs.config import MonitorConfig
 from ray_jobs.drift_axes import DAY_US, Periods, group_of
 from ray_jobs.drift_counts import Counts, Plan, count_bucket
 from ray_jobs.drift_gather import Gathered
-from ray_jobs.drift_items import count_items, learn_items
+from ray_jobs.drift_items import add_items, count_items, learn_items
 from ray_jobs.drift_lists import find_score_edges
 from ray_jobs.drift_verdict import Kept, judge, learn_thresholds
 from recsys.context import ContextConfig, ContextEncoder
@@ -111,11 +111,12 @@ def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
         start_us + REFERENCE_UNTIL * DAY_US, start_us + CURRENT_UNTIL * DAY_US, 2, days
     )
     counted = count_items([write_events(week.events, folder)], periods, {})
-    known = (
-        counted["item_id"]
-        .combine_chunks()
-        .filter(pa.array(counted["first_us"].to_numpy() < periods.reference_until_us))
-    )
+    is_known = counted["first_us"].to_numpy() < periods.reference_until_us
+    known = counted["item_id"].combine_chunks().filter(pa.array(is_known))
+    # The items that a change may bring have no events yet.
+    nothing = np.zeros(len(UNKNOWN_IDS), np.int64)
+    later = {"item_id": UNKNOWN_IDS, "first_us": nothing + NEVER_US, "even": nothing}
+    counted = add_items([counted, pa.table(later | {"odd": nothing})])
     items, labels = learn_items(counted, known, items_table(shop).select(["item_id", "category"]))
     slots = periods.slot_of(week.lists["time_us"].to_numpy())
     is_reference = (slots >= 0) & (slots < periods.num_slots - 1)

@@ -155,11 +155,13 @@ def read_visits(files: Sequence[str], plan: Plan) -> Visits:
     codes = users.indices.to_numpy()
     order = np.lexsort((times_us, codes))
     rows = rows.take(pa.array(order))
+    items_N = plan.items.find(rows["item_id"].combine_chunks())
+    assert (items_N >= 0).all(), "items were counted in the same files before"
     return Visits(
         users.dictionary,
         codes[order].astype(np.int64),
         times_us[order],
-        plan.items.find(rows["item_id"].combine_chunks()),
+        items_N,
         {name: rows[name].combine_chunks().cast(pa.string()) for name in ("event_type", *names)},
     )
 
