@@ -174,7 +174,7 @@ def draw_drift(measures: Mapping[str, Facts]) -> Figure:
     axes.axvline(1, color=_INK, linewidth=0.9)
     axes.set_yticks(places, list(measures), parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlim(min(0.0, *ratios, 0.0), max(1.2, *ratios) * 1.05)
+    axes.set_xlim(1.05 * min(0.0, *ratios), 1.05 * max(1.2, *ratios))
     _style(axes, "Drift relative to its threshold; a tick: usual without drift")
     return figure
 
