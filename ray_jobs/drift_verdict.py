@@ -148,7 +148,7 @@ def _find_gap(name: str, gathered: Gathered) -> str | None:
     if not can_be_judged(split_windows(gathered, name)):
         return (
             f"the reference period has counts in fewer than {LEAST_GROUPS} groups of users, or a "
-            "window without any"
+            "window without any; choose another monitor.reference_until"
         )
     return None
 
