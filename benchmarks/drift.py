@@ -113,10 +113,11 @@ def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
     counted = count_items([write_events(week.events, folder)], periods, {})
     is_known = counted["first_us"].to_numpy() < periods.reference_until_us
     known = counted["item_id"].combine_chunks().filter(pa.array(is_known))
-    # The items that a change may bring have no events yet.
-    nothing = np.zeros(len(UNKNOWN_IDS), np.int64)
-    later = {"item_id": UNKNOWN_IDS, "first_us": nothing + NEVER_US, "even": nothing}
-    counted = add_items([counted, pa.table(later | {"odd": nothing})])
+    # Items that a change may bring, which have no events yet.
+    others = np.concatenate([shop.catalogue.item_ids, UNKNOWN_IDS])
+    nothing = np.zeros(len(others), np.int64)
+    later = {"item_id": others, "first_us": nothing + NEVER_US, "even": nothing, "odd": nothing}
+    counted = add_items([counted, pa.table(later)])
     items, labels = learn_items(counted, known, items_table(shop).select(["item_id", "category"]))
     slots = periods.slot_of(week.lists["time_us"].to_numpy())
     is_reference = (slots >= 0) & (slots < periods.num_slots - 1)

@@ -54,7 +54,7 @@ def read_kept(folder: Path, settings: Facts) -> Kept | None:
     try:
         content = json.loads(path.read_text())
         computed_from = content["computed_from"]
-        if {name: computed_from.get(name) for name in settings} != settings:
+        if computed_from["settings"] != settings:
             return None
         thresholds = {name: Threshold(**one) for name, one in content["thresholds"].items()}
         return Kept(computed_from, tuple(content["score_edges"]), thresholds)
@@ -95,7 +95,8 @@ def learn_thresholds(
     """Thresholds of all measures that the reference period tells any for.
 
     Args:
-        origin: what they are computed from, beside the periods.
+        origin: what they are computed from, beside the periods; with `settings`, of
+            `describe_settings`, they are found again.
     """
     gaps, periods = find_gaps(gathered), gathered.plan.periods
     measures = [one for name, one in gathered.plan.measures.items() if name not in gaps]
@@ -106,8 +107,12 @@ def learn_thresholds(
         num_resamples=monitor.num_resamples,
         seed=seed,
     )
-    until = {"reference_until_us": periods.reference_until_us}
-    return Kept(origin | periods.describe() | until, gathered.plan.score_edges, thresholds)
+    computed_from = {
+        **origin,
+        "periods": periods.describe(),
+        "reference_until_us": periods.reference_until_us,
+    }
+    return Kept(computed_from, gathered.plan.score_edges, thresholds)
 
 
 def split_windows(gathered: Gathered, name: str) -> np.ndarray:

@@ -72,7 +72,11 @@ def run(config: PipelineConfig) -> Report:
     gaps = find_gaps(gathered)
     if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
         with timed("thresholds"):
-            origin = settings | {"events_version": events.version(), "computed_at": _now_text()}
+            origin = {
+                "settings": settings,
+                "events_version": events.version(),
+                "computed_at": _now_text(),
+            }
             kept = learn_thresholds(config.monitor, gathered, origin, seed=config.seed)
         write_kept(folder, kept)
 

@@ -556,7 +556,8 @@ def test_deciles_cut_scores_into_equal_parts():
 
 
 def test_thresholds_are_read_again_for_the_same_settings(tmp_path):
-    kept = Kept({"version": "v1", "reference_until_us": 5}, (0.5,), {"m": Threshold(1, 2, 3, 4)})
+    origin = {"settings": {"version": "v1"}, "reference_until_us": 5}
+    kept = Kept(origin, (0.5,), {"m": Threshold(1, 2, 3, 4)})
     write_kept(tmp_path, kept)
     assert read_kept(tmp_path, {"version": "v1"}) == kept
     assert read_kept(tmp_path, {"version": "v2"}) is None
