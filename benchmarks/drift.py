@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -340,16 +341,18 @@ def render(result: Mapping[str, Any]) -> str:
         f"{by_measure or 'none'}.",
         "",
         "Detection: share of runs with an alarm where a share of the current week's events or "
-        "lists was changed, by any measure and by the one that the change is about.",
+        "lists was changed: by the measure that the change is about, and in parentheses by any.",
         "",
-        "| what changes | measure | share changed | runs | any alarm | alarm of the measure |",
-        "|---|---|---:|---:|---:|---:|",
+        "| what changes | measure | runs | "
+        + " | ".join(f"{strength:.0%} changed" for strength in STRENGTHS)
+        + " |",
+        "|---|---|---:" + "|---:" * len(STRENGTHS) + "|",
     ]
-    lines += [
-        f"| {one['drift']} | {one['measure']} | {one['share']:.0%} | {one['runs']} | "
-        f"{one['found']:.0%} | {one['found_by_measure']:.0%} |"
-        for one in result["detection"]
-    ]
+    by_change = groupby(result["detection"], key=lambda one: (one["drift"], one["measure"]))
+    for (name, measure), group in by_change:
+        found = list(group)
+        cells = " | ".join(f"{one['found_by_measure']:.0%} ({one['found']:.0%})" for one in found)
+        lines.append(f"| {name} | {measure} | {found[0]['runs']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
