@@ -136,7 +136,7 @@ def find_dispersion(measure: Measure, counts: np.ndarray, *, seed: int = 0) -> f
 def _choose(shifts_RG: np.ndarray, num_windows: int) -> np.ndarray:
     """One-hot rows, float64 `[R, G * W]`: a product with them adds up the window of each group."""
     one_hot = np.arange(num_windows) == shifts_RG[..., None]
-    return one_hot.reshape(len(shifts_RG), -1).astype(np.float64)
+    return np.asarray(one_hot.reshape(len(shifts_RG), -1), np.float64)
 
 
 def _drift_of(measure: Measure, counts_GWK: np.ndarray, chosen: np.ndarray) -> np.ndarray:
