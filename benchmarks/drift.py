@@ -33,10 +33,11 @@ from data_lake.synthetic_rows import clean_rows
 from data_lake.synthetic_visits import users_table
 from ray_jobs.config import MonitorConfig
 from ray_jobs.drift_axes import DAY_US, Periods, group_of
-from ray_jobs.drift_counts import Counts, Plan, count_bucket
+from ray_jobs.drift_counts import count_bucket
 from ray_jobs.drift_gather import Gathered
 from ray_jobs.drift_items import add_items, count_items, learn_items
 from ray_jobs.drift_lists import find_score_edges
+from ray_jobs.drift_plan import Counts, Plan
 from ray_jobs.drift_verdict import Kept, judge, learn_thresholds
 from recsys.context import ContextConfig, ContextEncoder
 

@@ -78,6 +78,8 @@ def test_every_answer_is_logged_with_its_id_and_version(open_front, tmp_path):
         assert row["recommendation_id"] == answer["recommendation_id"]
         assert row["item_ids"] == [entry["item_id"] for entry in answer["recommendations"]]
         assert (row["model_version"], row["source"]) == ("v1", answer["source"])
+        is_ranked = answer["source"] == "model"
+        assert row["top_score"] == (answer["recommendations"][0]["score"] if is_ranked else None)
     assert [row["user_id"] for row in rows] == ["7", None, None]
     assert [row["session_id"] for row in rows] == [None, "s1", None]
     assert {row["timestamp"].timestamp() for row in rows} == {front.now_s}
