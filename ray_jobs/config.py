@@ -7,6 +7,7 @@ are found.
 
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -302,6 +303,40 @@ class MonitoringConfig(Section):
     """Address of a Pushgateway, e.g. http://pushgateway:9091."""
 
 
+class MonitorConfig(Section):
+    """Which periods are compared, and how rare an alarm without drift has to be."""
+
+    days: int = Field(7, ge=1)
+    """Length of the current period, and of the windows that the reference period is cut into; with
+    whole weeks each has the same weekdays."""
+    current_until: datetime | None = None
+    """End of the current period; behind the newest event by default."""
+    reference_windows: int = Field(2, ge=2)
+    """How many windows without drift thresholds are learned from."""
+    reference_until: datetime | None = None
+    """End of the reference period. By default where the training of the version that serves ended,
+    or where the current period begins, whichever is earlier, at the first run for that version."""
+    false_alarm_rate: float = Field(0.01, gt=0, lt=1)
+    """How often a run without drift may raise an alarm, over all measures together."""
+    num_resamples: int = Field(4000, ge=100)
+    """Shifted copies of the reference period that thresholds are quantiles of."""
+    attribution_minutes: float = Field(60, gt=0)
+    """Events that follow a list within this time are answers to it."""
+    click_types: tuple[str, ...] = ()
+    """Event types that count as a click on a list, such as view; all of them by default."""
+    history_days: int = Field(28, ge=1)
+    """Events of a user so far back count as the length of a history."""
+
+    @model_validator(mode="after")
+    def _can_tell_an_alarm(self) -> Self:
+        if self.num_resamples * self.false_alarm_rate < 1:
+            raise ValueError(
+                f"{self.num_resamples} resamples do not tell a false_alarm_rate of "
+                f"{self.false_alarm_rate:g}; raise num_resamples"
+            )
+        return self
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -320,6 +355,7 @@ class PipelineConfig(Section):
     serve: ServeConfig = ServeConfig()
     maintain: MaintainConfig = MaintainConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
 
 def expand(path: str) -> str:

@@ -23,6 +23,7 @@ from deltalake import DeltaTable
 
 from data_lake.errors import ConflictError, SourceError
 from data_lake.exchange import Files, MergeReport, drop_known
+from data_lake.freshness import newest_event
 from data_lake.ingest import PartReport, PartTask, SourceFile, Target, load_rows, look_at
 from data_lake.landing import delete_landed, has_landed, landing_source
 from data_lake.normalise import check_mapped
@@ -47,6 +48,7 @@ from data_lake.written import Written
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.exchange import exchange_by_shuffle, exchange_pieces, finish_in_order, get
 from ray_jobs.job import Report, main, timed
+from ray_jobs.job_metrics import JobMetrics
 
 _MAX_ROUNDS = 10
 """Times that a run makes room for others that have committed before it."""
@@ -89,9 +91,29 @@ def run(config: PipelineConfig) -> Report:
     figures |= _delete_landed(config, inputs["events"], new)
     figures["events_version"] = new.table.version()
     figures["seconds"] = time.perf_counter() - started
+    _publish(config, figures, new.table)
     if not new.files:
         return Report("ingest", "every file of events was ingested before", figures)
     return Report("ingest", f"{figures['committed']:,} events committed", figures)
+
+
+def _publish(config: PipelineConfig, figures: dict[str, Any], events: DeltaTable) -> None:
+    metrics = JobMetrics("ingest", config)
+    num_read, num_quarantined = figures.get("read", 0), figures.get("quarantined", 0)
+    metrics.set("nextitem_ingest_rows", num_read, "Rows of events that the last run read.")
+    metrics.set(
+        "nextitem_ingest_quarantined_ratio",
+        num_quarantined / num_read if num_read else 0.0,
+        "Share of these rows that went to quarantine.",
+    )
+    newest = newest_event(events)
+    if newest is not None:
+        metrics.set(
+            "nextitem_newest_event_age_seconds",
+            time.time() - newest.timestamp(),
+            "Time since the newest event of the lake.",
+        )
+    metrics.publish()
 
 
 def _ingest_events(new: Input) -> dict[str, Any]:

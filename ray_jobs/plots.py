@@ -23,7 +23,11 @@ _WIDTH = 7.6
 """Inches, of a page."""
 _MODEL, _BLIND, _STRONGEST, _BASELINE = "#3674b5", "#9fc0e0", "#8a949d", "#cdd2d7"
 _INK, _FAINT, _GRID = "#2b3138", "#69727b", "#e6e9ec"
+_ALARM = "#c2553f"
 _SIZE = 9
+_MAX_SHARES = 20
+_FARTHEST = 10.0
+"""Thresholds away that a picture shows; further than far is as far."""
 _MAX_CHARACTERS = 78
 """Labels of more do not stand side by side below an axis."""
 
@@ -155,6 +159,52 @@ def draw_against(comparisons: Mapping[str, Facts], our_name: str, their_name: st
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     _style(axes, f"{our_name} minus {their_name}, with 95 % interval")
     return figure
+
+
+def draw_drift(measures: Mapping[str, Facts]) -> Figure:
+    """Drift of each measure relative to its threshold; what is beyond 1 is an alarm."""
+    figure = Figure(figsize=(_WIDTH, 0.9 + 0.24 * len(measures)), layout="constrained")
+    axes = figure.subplots()
+    ratios = [_relative(found["drift"], found) for found in measures.values()]
+    colours = [_ALARM if found["alarm"] else _MODEL for found in measures.values()]
+    places = range(len(measures))
+    axes.barh(places, ratios, 0.68, color=colours)
+    usual = [_relative(found["usual"], found) for found in measures.values()]
+    axes.plot(usual, places, "|", color=_INK, markersize=9)
+    axes.axvline(1, color=_INK, linewidth=0.9)
+    axes.set_yticks(places, list(measures), parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(1.05 * min(0.0, *ratios), 1.05 * max(1.2, *ratios))
+    _style(axes, "Drift relative to its threshold; a tick: usual without drift")
+    return figure
+
+
+def draw_shares(title: str, facts: Facts) -> Figure:
+    """The shares of a histogram in both periods, the largest ones."""
+    order = sorted(
+        range(len(facts["labels"])),
+        key=lambda k: -max(facts["reference"][k], facts["current"][k]),
+    )
+    shown = sorted(order[:_MAX_SHARES])
+    figure = Figure(figsize=(_WIDTH, 0.8 + 0.26 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    sides = (("reference", _BASELINE, -0.2), ("current", _MODEL, 0.2))
+    for side, colour, shift in sides:
+        shares = [facts[side][k] for k in shown]
+        axes.barh([place + shift for place in range(len(shown))], shares, 0.4, color=colour)
+    axes.set_yticks(range(len(shown)), [facts["labels"][k] for k in shown], parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    _style(axes, f"{title}: grey in the reference period, blue in the current one")
+    return figure
+
+
+def _relative(drift: float, found: Facts) -> float:
+    """Drift in thresholds, within what a picture can show; a threshold may be 0 where the reference
+    period has no spread at all.
+    """
+    ratio = drift / found["threshold"] if found["threshold"] > 0 else 2.0 * found["alarm"]
+    return float(min(max(ratio, -_FARTHEST), _FARTHEST))
 
 
 def _draw_columns(series: Series, model: Mapping[str, Facts]) -> Figure:

@@ -34,6 +34,7 @@ from data_lake.storage import locate
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
+from ray_jobs.job_metrics import JobMetrics
 from ray_jobs.run_log import RunLog
 from ray_jobs.sequences_reader import (
     Learned,
@@ -92,6 +93,8 @@ def run(config: PipelineConfig) -> Report:
     if weights is not None:
         weights.unlink()
     history = read_history(run_folder)
+    seconds = time.perf_counter() - started
+    _publish(config, metrics["ndcg10"], seconds, history[-1]["tokens_per_s"])
     return Report(
         "train",
         f"{recipe.name} reached NDCG@10 {metrics['ndcg10']:.4f} on validation",
@@ -105,7 +108,7 @@ def run(config: PipelineConfig) -> Report:
             "workers": scaling.max_workers,
             "device": "gpu" if scaling.use_gpu else "cpu",
             "tokens_per_s": history[-1]["tokens_per_s"],
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
         },
     )
 
@@ -124,6 +127,14 @@ def read_history(run_folder: Path) -> list[dict[str, Any]]:
     path = run_folder / "history.jsonl"
     epochs = {entry["epoch"]: entry for entry in map(json.loads, path.read_text().splitlines())}
     return [epochs[number] for number in sorted(epochs)]
+
+
+def _publish(config: PipelineConfig, ndcg10: float, seconds: float, tokens_per_s: float) -> None:
+    metrics = JobMetrics("train", config)
+    metrics.set("nextitem_train_ndcg10_ratio", ndcg10, "NDCG@10 on validation, of the best epoch.")
+    metrics.set("nextitem_train_seconds", seconds, "What the last training took.")
+    metrics.set("nextitem_train_tokens_per_second", tokens_per_s, "Speed of its last epoch.")
+    metrics.publish()
 
 
 def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scaling) -> Any:

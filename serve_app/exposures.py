@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("degraded", pa.bool_()),
         ("item_ids", pa.list_(pa.string())),
+        ("top_score", pa.float64()),
     ]
 )
 
@@ -50,6 +51,8 @@ class Exposure:
     source: str
     degraded: bool
     item_ids: tuple[str, ...]
+    top_score: float | None = None
+    """Of the first item, where the model gave it; comparable within one version."""
 
 
 class ExposureLog:

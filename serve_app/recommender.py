@@ -233,6 +233,7 @@ class Recommender:
         ).inc()
         if self._exposures is None or not isinstance(request, RecommendRequest):
             return
+        entries = response.recommendations
         self._exposures.add(
             Exposure(
                 response.recommendation_id,
@@ -242,7 +243,8 @@ class Recommender:
                 model.version,
                 response.source,
                 response.degraded,
-                tuple(str(entry.item_id) for entry in response.recommendations),
+                tuple(str(entry.item_id) for entry in entries),
+                entries[0].score if entries and response.source == "model" else None,
             )
         )
 

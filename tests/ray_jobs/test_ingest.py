@@ -81,6 +81,10 @@ def test_rows_are_committed_duplicate_or_quarantined(shop, ray_cluster):
         "at": "1000000003",
     }
     assert bad["source"] == str(shop / "events" / "2.csv")
+    told = (shop / "metrics" / "ingest.prom").read_text()
+    assert 'nextitem_ingest_rows{data="toy"} 6.0' in told
+    assert f'nextitem_ingest_quarantined_ratio{{data="toy"}} {1 / 6}' in told
+    assert 'nextitem_newest_event_age_seconds{data="toy"} ' in told
 
 
 @pytest.mark.ray

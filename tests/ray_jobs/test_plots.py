@@ -9,8 +9,10 @@ import pytest
 
 from ray_jobs.plots import (
     draw_against,
+    draw_drift,
     draw_lists,
     draw_rows,
+    draw_shares,
     draw_slices,
     draw_training,
     to_svg,
@@ -131,3 +133,29 @@ assert matplotlib.rcParams.copy() == before
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_drift_is_drawn_in_thresholds_and_alarms_have_a_colour_of_their_own():
+    measures = {
+        "items": {"drift": 0.3, "threshold": 0.1, "usual": 0.05, "alarm": True},
+        "hour": {"drift": 0.05, "threshold": 0.1, "usual": 0.05, "alarm": False},
+        "clicks": {"drift": -9.0, "threshold": 0.1, "usual": 0.0, "alarm": False},
+        "unknown": {"drift": 0.1, "threshold": 0.0, "usual": 0.0, "alarm": True},
+    }
+    (axes,) = draw_drift(measures).axes
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([3, 0.5, -10, 2])
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+
+
+def test_the_largest_shares_are_drawn_in_the_order_of_their_labels():
+    labels = [f"v{number}" for number in range(30)]
+    reference = [1 / 30] * 30
+    current = [0.0] * 29 + [1.0]
+    facts = {"labels": labels, "reference": reference, "current": current}
+    (axes,) = draw_shares("device", facts).axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(shown) == 20
+    assert shown == sorted(shown, key=labels.index)
+    assert shown[-1] == "v29"

@@ -47,6 +47,11 @@ def test_two_workers_train_and_leave_a_run_behind(tiny):
     assert [entry["epoch"] for entry in run.facts["history"]] == [1, 2]
     assert report.figures["workers"] == 2
     assert run.load_model().config.dim == 16
+    told = (Path(tiny.storage.root) / "metrics" / "train.prom").read_text()
+    ndcg10 = report.figures["validation_ndcg10"]
+    assert f'nextitem_train_ndcg10_ratio{{data="synthetic"}} {ndcg10}' in told
+    assert "nextitem_train_seconds{" in told
+    assert "nextitem_train_tokens_per_second{" in told
 
 
 def test_the_run_is_held_against_every_baseline(tiny):

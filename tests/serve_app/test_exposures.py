@@ -9,7 +9,7 @@ from serve_app.metrics import Metrics
 
 def make_exposure(number):
     return Exposure(
-        f"r{number}", f"u{number}", None, number, "v1", "model", False, ("i1", f"i{number}")
+        f"r{number}", f"u{number}", None, number, "v1", "model", False, ("i1", f"i{number}"), 0.5
     )
 
 
@@ -28,6 +28,7 @@ def test_lists_are_written_before_the_log_closes(tmp_path):
     assert table.schema == SCHEMA
     assert table["recommendation_id"].to_pylist() == [f"r{number}" for number in range(5)]
     assert table["item_ids"].to_pylist()[3] == ["i1", "i3"]
+    assert table["top_score"].to_pylist() == [0.5] * 5
     assert list(tmp_path.glob(".*")) == []
 
 
@@ -77,6 +78,8 @@ def test_every_answer_is_logged_with_its_id_and_version(open_front, tmp_path):
         assert row["recommendation_id"] == answer["recommendation_id"]
         assert row["item_ids"] == [entry["item_id"] for entry in answer["recommendations"]]
         assert (row["model_version"], row["source"]) == ("v1", answer["source"])
+        is_ranked = answer["source"] == "model"
+        assert row["top_score"] == (answer["recommendations"][0]["score"] if is_ranked else None)
     assert [row["user_id"] for row in rows] == ["7", None, None]
     assert [row["session_id"] for row in rows] == [None, "s1", None]
     assert {row["timestamp"].timestamp() for row in rows} == {front.now_s}
