@@ -101,9 +101,7 @@ def add_counts(parts: Iterable[Counts]) -> Counts:
     )
 
 
-def describe_weeks(
-    counts: Counts, weeks: Weeks, leaders: pa.Array, known: pa.Array
-) -> WeekFigures:
+def describe_weeks(counts: Counts, weeks: Weeks, leaders: pa.Array, known: pa.Array) -> WeekFigures:
     """The figures of all weeks.
 
     Args:

@@ -56,6 +56,12 @@ class Measured:
         ndcg = comparison_facts(self.ndcg)
         return {**asdict(self.parity), "ndcg": ndcg, "bytes": self.num_bytes}
 
+    def figure_and_limit(self, config: ExportConfig) -> tuple[float, float]:
+        """What decides whether it may serve: the overlap, at least; or the loss, at most."""
+        if self.variant == "fp32":
+            return self.parity.overlap, config.least_overlap
+        return -self.ndcg.difference.low, config.max_ndcg_loss
+
     def refusal(self, config: ExportConfig) -> str | None:
         """Why it may not serve, in words; None where it may."""
         if self.variant == "fp32":

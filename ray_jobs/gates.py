@@ -93,9 +93,7 @@ def check_popularity(divergences: Sequence[float], limit: float) -> Verdict:
     return Verdict("popularity", found <= limit, found, limit, text)
 
 
-def check_agreement(
-    agreements: Sequence[float], reference: float | None, least: float
-) -> Verdict:
+def check_agreement(agreements: Sequence[float], reference: float | None, least: float) -> Verdict:
     """Whether items follow each other as they used to: ids that were shuffled do not, however right
     their counts look.
     """

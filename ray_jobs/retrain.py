@@ -13,7 +13,6 @@ a second one at the same time is refused. `<storage root>/retrains/<name>/` hold
 `report.json` and the state.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ from ray_jobs.retrain_state import (
     write_state,
 )
 from ray_jobs.runs import FinishedRun, open_run
-from recsys.artifact import load_artifact, read_manifest
+from recsys.artifact import load_artifact
 from recsys.leaderboard import HEADLINE
 from recsys.lineage import find_version_of
 from recsys.registry import promote, serving_version
@@ -85,11 +84,11 @@ def run(config: PipelineConfig) -> Report:
     folder = retrains_folder(config) / state.name
     with held_by(folder.parent, state.name):
         # Another process may have gone on while this one came to the lock.
-        state = read_state(folder) or state
+        state = begun = read_state(folder) or state
         write_state(folder, state)
         state = _take_steps(config, folder, state)
         _conclude(config, folder, state)
-    return _report(folder, state)
+    return _report(folder, state, was_finished=bool(state.steps) and state == begun)
 
 
 def preview(config: PipelineConfig) -> dict[str, Any]:
@@ -285,15 +284,13 @@ def _lineage(state: State) -> dict[str, Any]:
 
 def _conclude(config: PipelineConfig, folder: Path, state: State) -> None:
     """The report, and what Prometheus is told."""
-    write_retrain_report(folder, state, [step.title for step in STEPS if step.name in state.steps])
+    write_retrain_report(folder, state, {step.name: step.title for step in STEPS})
     metrics = JobMetrics("retrain", config)
     passed = state.closed is None
     metrics.set("nextitem_retrain_passed", passed, "Whether the last retraining passed all gates.")
     for verdict in state.verdicts:
         meaning = "Whether the last retraining passed a gate."
-        metrics.set(
-            "nextitem_retrain_gate_passed", verdict.passed, meaning, gate=verdict.gate
-        )
+        metrics.set("nextitem_retrain_gate_passed", verdict.passed, meaning, gate=verdict.gate)
     gain = _gain(state)
     if gain is not None:
         meaning = "Gain of the last challenger over the champion in NDCG@10, relative."
@@ -308,7 +305,7 @@ def _gain(state: State) -> float | None:
     return lift
 
 
-def _report(folder: Path, state: State) -> Report:
+def _report(folder: Path, state: State, *, was_finished: bool) -> Report:
     """Raises: JobError when a gate is closed."""
     closed = state.closed
     if closed is not None:
@@ -327,7 +324,10 @@ def _report(folder: Path, state: State) -> Report:
         "seconds": sum(done.seconds for done in state.steps.values()),
         "report": str(folder / "report.html"),
     }
-    return Report("retrain", f"{version or state.run} passed all gates", figures)
+    headline = f"{version or state.run} passed all gates"
+    if was_finished:
+        headline += " before; give retrain.name another value to begin anew"
+    return Report("retrain", headline, figures)
 
 
 def _status(step: Step, state: State) -> str:

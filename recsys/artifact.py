@@ -133,7 +133,9 @@ def publish(root: Path, version: str, write: Callable[[Path], None], facts: dict
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
-        number = 1 + max((number_of(path.parent) for path in root.glob(f"[!.]*/{MANIFEST}")), default=0)
+        number = 1 + max(
+            (number_of(path.parent) for path in root.glob(f"[!.]*/{MANIFEST}")), default=0
+        )
         manifest = {
             "format": FORMAT,
             "version": version,

@@ -1,5 +1,5 @@
-"""What a published version is, and what it came from: table versions -> sequences -> run -> artifact,
-with its recipe, its code and its metrics.
+"""What a published version is, and what it came from: versions of the tables, sequences, run and
+artifact, with its recipe, its code and its metrics.
 """
 
 import hashlib
@@ -50,11 +50,6 @@ class Version:
     def facts(self) -> dict[str, Any]:
         """The same as JSON."""
         return asdict(self)
-
-
-def describe_versions(root: Path, serving: Serving | None) -> list[Version]:
-    """All versions of a registry in their order. Raises: ArtifactError when one is damaged."""
-    return [describe_version(root, version, serving) for version in list_versions(root)]
 
 
 def describe_version(root: Path, version: str, serving: Serving | None) -> Version:

@@ -309,3 +309,38 @@ def test_items_and_users_are_unique(shop, walk):
 def test_a_shop_that_cannot_be_says_why(wrong, message):
     with pytest.raises(ValidationError, match=message):
         ShopConfig(**wrong)
+
+
+DRIFTING = SMALL.model_copy(update={"taste_drift": 0.8, "num_users": 2000})
+
+
+def category_shares(shop, week):
+    """How often each category is met in a week."""
+    walk = generate_part(shop, 0)
+    is_then = (walk.moments.time_us - shop.config.start_us) // (7 * DAY_US) == week
+    category = shop.catalogue.category[walk.item[is_then]]
+    return np.bincount(category, minlength=shop.num_categories) / is_then.sum()
+
+
+def test_taste_drifts_from_week_to_week_and_stays_without():
+    still = build_shop(DRIFTING.model_copy(update={"taste_drift": 0.0}), seed=3)
+    drifting = build_shop(DRIFTING, seed=3)
+    moved = [
+        np.abs(category_shares(shop, 0) - category_shares(shop, 3)).sum()
+        for shop in (still, drifting)
+    ]
+    assert moved[1] > 2 * moved[0]
+
+
+def test_the_first_week_has_the_taste_of_a_shop_without_drift():
+    still = build_shop(DRIFTING.model_copy(update={"taste_drift": 0.0}), seed=3)
+    drifting = build_shop(DRIFTING, seed=3)
+    assert len(drifting.categories_XC) == 9 * len(still.categories_XC)  # 60 days
+    assert np.array_equal(drifting.categories_XC[: len(still.categories_XC)], still.categories_XC)
+
+
+def test_the_oracle_knows_how_taste_drifts():
+    drifting = build_shop(DRIFTING, seed=3)
+    task = leave_one_out(generate_part(drifting, 0), min_positions=3, max_users=150)
+    scores = next_item_probabilities(drifting, task.state)
+    assert np.array_equal(oracle_ranks(drifting, task), rank_all(scores, task))
