@@ -9,7 +9,7 @@
     metrics.json            the evaluation
     model.onnx              the encoder, where it was exported; model.<variant>.onnx in other
                             numbers, and export.json, how far they are from the model
-    MANIFEST.json           sha256 of every other file, versions, seed, and the number of the version
+    MANIFEST.json           sha256 of every other file, versions, seed, number of the version
 
 It is written beside its place, verified and renamed: a reader sees all of it or none.
 """
