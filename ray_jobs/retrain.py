@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from data_lake.tables import open_table, table_exists
 from data_lake.weeks import Weeks
 from ray_jobs import build_sequences, evaluate, export, ingest, train
 from ray_jobs.challenge import compare_with_champion, time_against_champion
@@ -174,7 +175,8 @@ def _take_steps(config: PipelineConfig, folder: Path, state: State) -> State:
 
 
 def _ingest(config: PipelineConfig, state: State) -> Found:
-    return Found(ingest.run(config).figures)
+    before = {f"{name}_version_before": version for name, version in _versions(config).items()}
+    return Found({**ingest.run(config).figures, **before})
 
 
 def _check_data(config: PipelineConfig, state: State) -> Found:
@@ -260,6 +262,16 @@ STEPS: tuple[Step, ...] = (
     Step("publish", "the artifact", _publish),
     Step("canary", "a share of the visitors", _promote),
 )
+
+
+def _versions(config: PipelineConfig) -> dict[str, int]:
+    """Of the tables that events come into."""
+    lake_uri, options = config.storage.lake_uri, config.storage.options
+    return {
+        name: open_table(lake_uri, name, options).version()
+        for name in ("events", "quarantine")
+        if table_exists(lake_uri, name, options)
+    }
 
 
 def _champion(config: PipelineConfig, state: State) -> Path:

@@ -11,10 +11,10 @@ from ray_jobs.plots import draw_against, to_svg
 from ray_jobs.retrain_state import State
 
 _REMEDY = (
-    "Nothing was trained, and nothing that serves has changed. The events are in the lake, though: "
-    "while they are, the next retraining looks at them again. Have the feed put right and take "
-    "them out; the table of events is at version {version} now, and maintain, forget or another "
-    "ingest may have changed it since, so look before you restore an earlier one."
+    "Nothing was trained. If the week is right after all, begin anew under another retrain.name "
+    'with a wider limit, or with retrain.skip = ["data"]. If the feed is broken, its events must '
+    "leave the lake before it is delivered again, for an event is taken once: restore {tables} "
+    "(DeltaTable.restore), provided that nothing else has changed them since."
 )
 
 
@@ -55,8 +55,16 @@ def describe_outcome(state: State) -> str:
     text = f"Stopped at the gate {closed.gate!r}: {closed.text} {state.champion} serves on."
     if "train" in state.steps:
         return text
-    version = _figure(state, "ingest", "events_version")
-    return f"{text} {_REMEDY.format(version='unknown' if version is None else version)}"
+    return f"{text} {_REMEDY.format(tables=_describe_versions_before(state))}"
+
+
+def _describe_versions_before(state: State) -> str:
+    found = {
+        name: _figure(state, "ingest", f"{name}_version_before")
+        for name in ("events", "quarantine")
+    }
+    versions = [f"version {number} of {name}" for name, number in found.items() if number]
+    return " and ".join(versions) or "the versions of events and quarantine before it"
 
 
 def _describe_serving(state: State) -> str:

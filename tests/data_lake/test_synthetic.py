@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from data_lake.schemas import TIMESTAMP
 from data_lake.sequences import SequencesConfig, build_sequences
-from data_lake.synthetic import DAY_US, DEVICES, ShopConfig, build_shop, items_table
+from data_lake.synthetic import (
+    DAY_US,
+    DEVICES,
+    NUM_CONTEXTS,
+    SEGMENTS,
+    WEEK_US,
+    ShopConfig,
+    build_shop,
+    items_table,
+)
 from data_lake.synthetic_draws import choose, running_sums, search_from
 from data_lake.synthetic_events import EVENT_TYPES, State, draw_next_items, generate_part
 from data_lake.synthetic_oracle import Task, best_reachable, leave_one_out, oracle_ranks
@@ -314,22 +323,17 @@ def test_a_shop_that_cannot_be_says_why(wrong, message):
 DRIFTING = SMALL.model_copy(update={"taste_drift": 0.8, "num_users": 2000})
 
 
-def category_shares(shop, week):
-    """How often each category is met in a week."""
-    walk = generate_part(shop, 0)
-    is_then = (walk.moments.time_us - shop.config.start_us) // (7 * DAY_US) == week
-    category = shop.catalogue.category[walk.item[is_then]]
-    return np.bincount(category, minlength=shop.num_categories) / is_then.sum()
+def test_each_week_has_a_taste_of_its_own():
+    shop = build_shop(DRIFTING, seed=3)
+    moments = generate_part(shop, 0).moments
+    week = np.minimum((moments.time_us - shop.config.start_us) // WEEK_US, 8)
+    assert np.array_equal(moments.context // NUM_CONTEXTS, week)
 
-
-def test_taste_drifts_from_week_to_week_and_stays_without():
-    still = build_shop(DRIFTING.model_copy(update={"taste_drift": 0.0}), seed=3)
-    drifting = build_shop(DRIFTING, seed=3)
-    moved = [
-        np.abs(category_shares(shop, 0) - category_shares(shop, 3)).sum()
-        for shop in (still, drifting)
-    ]
-    assert moved[1] > 2 * moved[0]
+    logits = np.log(shop.categories_XC).reshape(9, len(SEGMENTS), -1, shop.num_categories)
+    moved = np.diff(logits - logits.mean(axis=-1, keepdims=True), axis=0)
+    assert moved.std() == pytest.approx(0.8, rel=0.2)
+    # Hours and devices are as they were: a segment moves as a whole.
+    assert np.allclose(moved, moved[:, :, :1])
 
 
 def test_the_first_week_has_the_taste_of_a_shop_without_drift():

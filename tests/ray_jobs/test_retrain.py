@@ -1,6 +1,8 @@
 """The weekly loop without its jobs: steps, gates, resuming, the lock, and the report."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -114,6 +116,7 @@ def test_a_closed_gate_stops_it_for_good_with_a_report(config, taken, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert (report["passed"], report["stopped_at"]) == (False, "gate-data")
     assert "CLOSED" in (folder / "report.html").read_text()
+    assert "restore the versions of events and quarantine before it" in report["outcome"]
     found = metrics_of(tmp_path)
     assert found["nextitem_retrain_passed", None] == 0
     assert found["nextitem_retrain_gate_passed", "gate-ingest"] == 1
@@ -148,6 +151,31 @@ def test_a_second_one_at_the_same_time_is_refused_by_the_name_of_the_first(confi
         retrain.run(config)
     assert taken["steps"] == []
     retrain.run(config)
+
+
+HOLDS = """
+import pathlib, sys, time
+from ray_jobs.retrain_state import held_by
+
+with held_by(pathlib.Path(sys.argv[1]), "killed"):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_one_that_was_killed_is_free(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "holds\n"
+        with (
+            pytest.raises(JobError, match=rf"under way: killed, process {other.pid} on "),
+            held_by(tmp_path, "second"),
+        ):
+            pass
+        other.kill()
+    with held_by(tmp_path, "second"):
+        assert "second" in (tmp_path / ".lock").read_text()
 
 
 def test_its_name_is_the_week_unless_it_is_given(configure_home):

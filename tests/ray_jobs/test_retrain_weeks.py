@@ -123,6 +123,25 @@ def read_report(home, name):
     return json.loads((home / "synthetic" / "retrains" / name / "report.json").read_text())
 
 
+def deliver_poisoned(weeks, home, poison):
+    """A copy of everything, in which the fourth week is poisoned."""
+    shutil.copytree(weeks.home, home)
+    weeks.deliver(home, 4, poison(weeks.of(4)))
+    return configure_week(home, 4)
+
+
+def files_of(registry):
+    return {str(path.relative_to(registry)): path.read_bytes() for path in registry.rglob("*.json")}
+
+
+def restore(home, steps):
+    """Takes the week out of the lake, as the report says."""
+    for name in ("events", "quarantine"):
+        before = steps["ingest"]["figures"].get(f"{name}_version_before")
+        if before:
+            open_table(f"{home}/synthetic/lake", name).restore(before)
+
+
 def test_good_weeks_bring_better_versions_and_poisoned_ones_are_stopped(
     weeks, tmp_path, monkeypatch
 ):
@@ -131,48 +150,50 @@ def test_good_weeks_bring_better_versions_and_poisoned_ones_are_stopped(
     first = serving_version(root)
 
     weeks.deliver(home, 3, weeks.of(3))
-    report = retrain.run(configure_week(home, 3))
-    second = report.figures["version"]
-    print("WEEK 3", report.json_line())
+    second = retrain.run(configure_week(home, 3)).figures["version"]
     assert read_serving(root) == Serving(first, {second: 0.05})
     assert read_report(home, "week-3")["passed"]
+    check_lineage(home, second, first)
     promote(root, second)
-    lineage = describe_version(root, second, read_serving(root))
-    assert lineage.started_from["version"] == first
-    assert lineage.tables["events"] == open_table(f"{home}/synthetic/lake", "events").version()
-    assert lineage.retrain["champion"] == first
-    assert lineage.code["train"] == lineage.code["publish"]
-    assert lineage.number == 2
 
-    before = {path: path.read_bytes() for path in root.rglob("*.json")}
     for poison, gate in ((shuffle, "agreement"), (halve, "quarantine"), (decimate, "volume-low")):
         copy = tmp_path / poison.__name__
-        shutil.copytree(home, copy)
-        weeks.deliver(copy, 4, poison(weeks.of(4)))
+        config = deliver_poisoned(weeks, copy, poison)
         with pytest.raises(JobError, match=f"stopped at the gate '{gate}'.*{second} serves on"):
-            retrain.run(configure_week(copy, 4))
-        found = read_report(copy, "week-4")
-        print("POISON", poison.__name__, json.dumps(found["steps"]["data"]["verdicts"]))
-        assert "train" not in found["steps"]
-        copied = copy / "synthetic" / "registry"
-        assert {root / path.relative_to(copied) for path in copied.rglob("*.json")} == set(before)
-        assert all(
-            (copied / path.relative_to(root)).read_bytes() == content
-            for path, content in before.items()
-        )
+            retrain.run(config)
+        assert list(read_report(copy, "week-4")["steps"]) == ["ingest", "data"]
+        assert files_of(copy / "synthetic" / "registry") == files_of(root)
+
+    # The last of them is put right.
+    restore(copy, read_report(copy, "week-4")["steps"])
+    weeks.deliver(copy, 4, weeks.of(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(build_sequences, "run", _die)
+        with pytest.raises(RuntimeError, match="killed"):
+            retrain.run(configure_week(copy, 4, "retrain.name=again"))
 
     weeks.deliver(home, 4, weeks.of(4))
+    run = home / "synthetic" / "runs" / "retrain-week-4" / "run.json"
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "run", _die)
         with pytest.raises(RuntimeError, match="killed"):
             retrain.run(configure_week(home, 4))
-    trained = (home / "synthetic" / "runs" / "retrain-week-4" / "run.json").read_bytes()
-    report = retrain.run(configure_week(home, 4))
-    print("WEEK 4", report.json_line())
-    assert (home / "synthetic" / "runs" / "retrain-week-4" / "run.json").read_bytes() == trained
-    third = report.figures["version"]
+    trained = run.read_bytes()
+    third = retrain.run(configure_week(home, 4)).figures["version"]
+    assert run.read_bytes() == trained
     assert read_serving(root) == Serving(second, {third: 0.05})
     assert read_manifest(root / third)["number"] == 3
+
+
+def check_lineage(home, version, champion):
+    """From the version back to the tables."""
+    root = home / "synthetic" / "registry"
+    found = describe_version(root, version, read_serving(root))
+    assert found.started_from["version"] == found.retrain["champion"] == champion
+    assert found.tables["events"] == open_table(f"{home}/synthetic/lake", "events").version()
+    assert found.code["train"] == found.code["publish"]
+    assert (found.number, found.run, found.recipe) == (2, "retrain-week-3", "sasrec-ce")
+    assert all(gate["passed"] for gate in found.retrain["gates"])
 
 
 def _die(config):
