@@ -331,7 +331,7 @@ def test_each_week_has_a_taste_of_its_own():
 
     logits = np.log(shop.categories_XC).reshape(9, len(SEGMENTS), -1, shop.num_categories)
     moved = np.diff(logits - logits.mean(axis=-1, keepdims=True), axis=0)
-    assert moved.std() == pytest.approx(0.8, rel=0.2)
+    assert moved.std() == pytest.approx(0.8, rel=0.3)
     # Hours and devices are as they were: a segment moves as a whole.
     assert np.allclose(moved, moved[:, :, :1])
 
