@@ -51,7 +51,7 @@ from ray_jobs.runs import FinishedRun, open_run
 from recsys.artifact import load_artifact
 from recsys.leaderboard import HEADLINE
 from recsys.lineage import find_version_of
-from recsys.registry import promote, serving_version
+from recsys.registry import promote, read_serving, serving_version
 from recsys.splits import SplitConfig
 
 _MAX_NEW_WEEKS = 8
@@ -241,7 +241,10 @@ def _publish(config: PipelineConfig, state: State) -> Found:
 def _promote(config: PipelineConfig, state: State) -> Found:
     version, share = state.steps["publish"].figures["version"], config.retrain.canary_share
     root = Path(config.storage.registry_uri)
-    serving = promote(root, version, share, champion=state.champion)
+    serving = read_serving(root)
+    # Unless it was killed between the promotion and the note of it.
+    if serving.share_of(version) != share:
+        serving = promote(root, version, share, champion=state.champion)
     return Found({"champion": serving.champion, "shares": dict(serving.shares)})
 
 

@@ -86,7 +86,7 @@ def describe_version(root: Path, version: str, serving: Serving | None) -> Versi
 def find_version_of(root: Path, run: str) -> str | None:
     """The newest version that a run was published as; None where it was not."""
     versions = reversed(list_versions(root))
-    return next((name for name in versions if read_manifest(root / name).get("run") == run), None)
+    return next((version for version in versions if _run_of(root / version) == run), None)
 
 
 def digest_code(root: Path, packages: tuple[str, ...]) -> str:
@@ -101,6 +101,15 @@ def digest_code(root: Path, packages: tuple[str, ...]) -> str:
     )
     lines = [f"{path.relative_to(root)} {sha256_of(path)}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _run_of(path: Path) -> str | None:
+    """None also of a version that is damaged: it was not published just now."""
+    try:
+        run: str | None = read_manifest(path).get("run")
+    except ArtifactError:
+        return None
+    return run
 
 
 def _tables(manifest: Mapping[str, Any]) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ from ray_jobs.gates import Verdict
 from ray_jobs.retrain import Found, Step, configure, find_state, find_weeks, preview
 from ray_jobs.retrain_state import Done, State, held_by, read_state, write_state
 from recsys.artifact import publish
+from recsys.errors import ArtifactError
 from recsys.registry import promote
 from tests.conftest import write_artifact
 from tests.ray_jobs.conftest import tiny_config
@@ -176,6 +177,21 @@ def test_the_lock_of_one_that_was_killed_is_free(tmp_path):
         other.kill()
     with held_by(tmp_path, "second"):
         assert "second" in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_a_promotion_that_was_not_noted_is_not_made_twice(configure_home, share):
+    config = configure_home(f"retrain.canary_share={share}")
+    state = State("w5", AS_OF, "v1").with_step("publish", Done({"version": "v2"}, (), 1.0))
+    first = retrain._promote(config, state)
+    assert first == retrain._promote(config, state)
+    assert first.figures["champion"] == ("v2" if share == 1 else "v1")
+
+
+def test_a_champion_that_took_over_meanwhile_is_compared_with_first(configure_home, tmp_path):
+    state = State("w5", AS_OF, "v2").with_step("publish", Done({"version": "v2"}, (), 1.0))
+    with pytest.raises(ArtifactError, match="v2 was compared with v2, and v1 serves by now"):
+        retrain._promote(configure_home(), state)
 
 
 def test_its_name_is_the_week_unless_it_is_given(configure_home):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from recsys.artifact import publish, read_manifest
+from recsys.artifact import MANIFEST, publish, read_manifest
 from recsys.errors import ArtifactError
 from recsys.lineage import describe_version, digest_code, find_version_of
 from recsys.registry import Serving, list_versions
@@ -64,6 +64,8 @@ def test_versions_are_counted_as_they_are_published(root):
 def test_a_run_finds_the_version_that_it_was_published_as(root):
     assert find_version_of(root, "r1") == "v2"
     assert find_version_of(root, "r7") is None
+    (root / "v1" / MANIFEST).write_text("{")
+    assert find_version_of(root, "r1") == "v2"
 
 
 def test_a_version_that_is_not_there_or_damaged_is_one_sentence(root):
