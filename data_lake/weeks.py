@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 _DAY_US = 86_400_000_000
 _OUTSIDE = -1
-_PRIOR = 10.0
+_PRIOR = 50.0
 """Events that the popularity of an item counts as, when what follows an item is estimated."""
 
 COLUMNS = ("user_id", "item_id", "timestamp", "ingested_at", "arrival")

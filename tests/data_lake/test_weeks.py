@@ -88,8 +88,8 @@ def test_divergence_is_nothing_for_the_same_and_a_bit_for_what_has_nothing_in_co
 def test_agreement_is_the_gain_over_popularity():
     # 90 times 1 -> 2 and 90 times 2 -> 1, and each is as popular as the other.
     reference = np.array([[0, 90], [90, 0]])
-    assert agreement(reference, reference) == pytest.approx(log2((90 + 5) / 100 / 0.5))
-    assert agreement(np.eye(2, dtype=int), reference) == pytest.approx(log2(5 / 100 / 0.5))
+    assert agreement(reference, reference) == pytest.approx(log2((90 + 25) / 140 / 0.5))
+    assert agreement(np.eye(2, dtype=int), reference) == pytest.approx(log2(25 / 140 / 0.5))
     assert agreement(0 * reference, reference) == agreement(reference, 0 * reference) == 0
 
 
