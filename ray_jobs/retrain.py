@@ -111,8 +111,8 @@ def find_state(config: PipelineConfig) -> State:
     """The retraining of this name as far as it has come, or a new one against what serves now."""
     as_of = config.retrain.as_of or datetime.now(UTC)
     name = config.retrain.name or f"{as_of:%G-W%V}"
-    champion = serving_version(Path(config.storage.registry_uri))
-    return read_state(retrains_folder(config) / name) or State(name, as_of, champion)
+    state = read_state(retrains_folder(config) / name)
+    return state or State(name, as_of, serving_version(Path(config.storage.registry_uri)))
 
 
 def configure(config: PipelineConfig, state: State) -> PipelineConfig:
