@@ -64,16 +64,17 @@ def check_quarantine(num_new: int, num_quarantined: int, limit: float) -> Verdic
 def check_volume(figures: WeekFigures, least: float, most: float) -> list[Verdict]:
     """Events of each new week relative to the median of the weeks before, from both sides."""
     new, before = figures.rows_W[: figures.num_new], _full(figures.rows_W[figures.num_new :])
-    if not before:
+    usual = float(np.median(before)) if before else 0.0
+    if usual == 0:
         text = "There is no week before to compare the number of events with."
         return [
             Verdict("volume-low", True, None, least, text),
             Verdict("volume-high", True, None, most, text),
         ]
-    usual = float(np.median(before))
     low, high = min(new) / usual, max(new) / usual
     counts = ", ".join(f"{count:,}" for count in new)
-    text = f"{counts} events in the new week, {usual:,.0f} in the median of {len(before)} before."
+    of_weeks = "week" if len(new) == 1 else "weeks"
+    text = f"{counts} events in the new {of_weeks}, a median of {usual:,.0f} in those before."
     return [
         Verdict("volume-low", low >= least, low, least, text),
         Verdict("volume-high", high <= most, high, most, text),
@@ -124,9 +125,9 @@ def check_gain(comparison: Mapping[str, Any], limit: float) -> Verdict:
 
     Relative to the champion; where that has an NDCG@10 of 0 in a resample, the difference itself.
     """
-    name = "difference" if comparison["lift"] is None else "lift"
+    name, written = ("difference", "+.4f") if comparison["lift"] is None else ("lift", "+.1%")
     mean, low, high = (comparison[f"{name}{end}"] for end in ("", "_low", "_high"))
-    text = f"NDCG@10 against the champion: {mean:+.1%} [{low:+.1%}, {high:+.1%}]."
+    text = f"NDCG@10 against the champion: {mean:{written}} [{low:{written}}, {high:{written}}]."
     return Verdict("gain", low > limit, low, limit, text)
 
 

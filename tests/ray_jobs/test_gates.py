@@ -71,7 +71,7 @@ def test_volume_is_that_of_the_median_week_before():
     low, high = check_volume(figures(rows=(50, 90, 100, 900)), 0.6, 2.0)
     assert (low.figure, low.passed, low.limit) == (0.5, False, 0.6)
     assert (high.figure, high.passed) == (0.5, True)
-    assert low.text == "50 events in the new week, 100 in the median of 3 before."
+    assert low.text == "50 events in the new week, a median of 100 in those before."
 
 
 def test_of_two_new_weeks_the_worse_one_counts():
@@ -88,9 +88,10 @@ def test_weeks_before_the_first_event_are_none():
 
 
 def test_what_has_nothing_to_compare_with_passes_and_says_so():
-    low, high = check_volume(figures(rows=(100, 0, 0)), 0.5, 2.0)
-    assert (low.figure, low.passed, high.passed) == (None, True, True)
-    assert "no week before" in low.text
+    for rows in ((100, 0, 0), (100, 0, 0, 5)):
+        low, high = check_volume(figures(rows=rows), 0.5, 2.0)
+        assert (low.figure, low.passed, high.passed) == (None, True, True)
+        assert "no week before" in low.text
     for reference, words in ((None, "not two weeks before"), (0.01, r"only 0.010")):
         verdict = check_agreement((-1.0,), reference, 0.5)
         assert (verdict.figure, verdict.passed) == (None, True)
@@ -113,7 +114,9 @@ def test_a_challenger_wins_with_the_lower_end_of_its_interval(ends, limit, passe
 
 def test_where_the_champion_finds_nothing_the_difference_counts():
     found = {"lift": None, "difference": 0.02, "difference_low": 0.01, "difference_high": 0.03}
-    assert check_gain(found, 0.0).figure == 0.01
+    verdict = check_gain(found, 0.0)
+    assert verdict.figure == 0.01
+    assert verdict.text.endswith("+0.0200 [+0.0100, +0.0300].")
 
 
 def test_the_strongest_baseline_decides():
