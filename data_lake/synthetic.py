@@ -20,7 +20,9 @@ DEVICES = ("mobile", "desktop", "tablet", "app")
 NUM_BLOCKS = 4  # night, morning, afternoon, evening
 FIRST_ITEM_ID = 5_000_000
 FIRST_USER_ID = 1_000_000
+NUM_CONTEXTS = len(SEGMENTS) * NUM_BLOCKS * len(DEVICES)
 DAY_US = 86_400_000_000
+WEEK_US = 7 * DAY_US
 
 # Successors come in three groups: the same category and two complementary ones. Who follows which
 # group depends on the segment (rows): item-to-item counts alone blur three kinds of visitor.
@@ -69,6 +71,9 @@ class ShopConfig(BaseModel):
     """A fresh category is one of the visitor's own three rather than anyone's."""
     context_strength: float = Field(default=1.6, ge=0)
     """How far segment, hour and device tilt the choice of a category (deviation in logits)."""
+    taste_drift: float = Field(default=0.0, ge=0)
+    """How far the choice of a category moves from one week to the next, for each segment on its own
+    (deviation in logits)."""
 
     duplicate_share: float = Field(default=0.01, ge=0, le=1)
     """Rows that are delivered twice, with the same event_id."""
@@ -146,7 +151,8 @@ class Shop:
     """Probability of each successor's place, by segment."""
     follow_sums_SF: Floats
     categories_XC: Floats
-    """P(category | context); the row is `context_row(segment, block, device)`."""
+    """P(category | context); the row is `context_row(segment, block, device)` of the first week,
+    and `NUM_CONTEXTS` further for each week since where taste drifts."""
     category_sums_XC: Floats
     follow_by_stage: Floats
     same_by_stage: Floats
@@ -177,6 +183,11 @@ class Shop:
 def context_row(segment: Ints, block: Ints, device: Ints) -> Ints:
     """Row of `categories_XC`; all arguments are codes of equal shape."""
     return (segment * NUM_BLOCKS + block) * len(DEVICES) + device
+
+
+def num_weeks_of(config: ShopConfig) -> int:
+    """Weeks that have a taste of their own."""
+    return 1 if config.taste_drift == 0 else -(-_horizon_us(config) // WEEK_US)
 
 
 def build_shop(config: ShopConfig, seed: int) -> Shop:
@@ -324,4 +335,15 @@ def _draw_category_tables(config: ShopConfig, rng: np.random.Generator) -> Float
         size = [1, 1, 1, shape[3]]
         size[axis] = shape[axis]
         logits = logits + config.context_strength * rng.standard_normal(size)
-    return normalise(np.exp(logits).reshape(-1, shape[3]))
+    drifted = logits + _draw_drift(config, rng)[:, :, None, None]
+    return normalise(np.exp(drifted).reshape(-1, shape[3]))
+
+
+def _draw_drift(config: ShopConfig, rng: np.random.Generator) -> Floats:
+    """A walk from week to week, in logits: `[weeks, S, C]`, 0 in the first week; one week without
+    drift.
+    """
+    num_weeks = num_weeks_of(config)
+    steps = rng.standard_normal((num_weeks - 1, len(SEGMENTS), config.num_categories))
+    first = np.zeros((1, len(SEGMENTS), config.num_categories))
+    return np.asarray(config.taste_drift * np.cumsum(np.concatenate([first, steps]), axis=0))

@@ -15,9 +15,12 @@ from data_lake.synthetic import (
     DEVICES,
     FIRST_USER_ID,
     NUM_BLOCKS,
+    NUM_CONTEXTS,
     SEGMENTS,
+    WEEK_US,
     ShopConfig,
     context_row,
+    num_weeks_of,
 )
 from data_lake.synthetic_draws import Floats, Ints, choose, normalise, running_sums
 
@@ -115,7 +118,8 @@ def draw_moments(config: ShopConfig, visitors: Visitors, rng: np.random.Generato
         time_us=time_us,
         starts_session=starts_session,
         device=device[session],
-        context=context_row(segment[session], _block(time_us), device[session]),
+        context=context_row(segment[session], _block(time_us), device[session])
+        + NUM_CONTEXTS * _week(config, time_us),
         session=session,
     )
 
@@ -151,6 +155,11 @@ def _push_apart(planned: Ints, duration: Ints, user: Ints, num_sessions: Ints) -
 
 def _block(time_us: Ints) -> Ints:
     return (time_us % DAY_US) // (DAY_US // NUM_BLOCKS)
+
+
+def _week(config: ShopConfig, time_us: Ints) -> Ints:
+    week = (time_us - config.start_us) // WEEK_US
+    return np.asarray(np.clip(week, 0, num_weeks_of(config) - 1), np.int64)
 
 
 def _device_sums() -> Floats:

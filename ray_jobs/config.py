@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -334,6 +335,56 @@ class MonitorConfig(Section):
                 f"{self.num_resamples} resamples do not tell a false_alarm_rate of "
                 f"{self.false_alarm_rate:g}; raise num_resamples"
             )
+class RetrainConfig(Section):
+    """The weekly loop: what is held back, what the data and the challenger must pass, and how many
+    visitors the challenger meets. Training starts from the serving version where `[train.start]`
+    is there."""
+
+    name: str | None = None
+    """A retraining that was killed goes on under its name; the year and week of `as_of` if left
+    out."""
+    as_of: AwareDatetime | None = None
+    """End of the newest week; the moment of the start if left out."""
+    week_days: float = Field(7, gt=0)
+    """Length of a week, which is how often the job runs."""
+    reference_weeks: int = Field(4, ge=1)
+    """Weeks before the new ones, with which these are compared."""
+    test_days: float | None = Field(2, gt=0)
+    """The last days, whose first event of each user both versions are tested on. None: `[split]`
+    as it stands; a temporal cut there does not move by itself."""
+    validation_days: float = Field(1, gt=0)
+    """Days before these that choose the epoch. What is held back trains the next challenger."""
+    skip: tuple[Literal["ingest", "data", "export", "latency", "publish", "canary"], ...] = ()
+    """Steps that are left out: another job does them, or nobody."""
+
+    max_quarantine_share: float = Field(0.05, ge=0, le=1)
+    """Of the rows that came since the champion was published."""
+    min_volume_ratio: float = Field(0.5, ge=0)
+    """Events of a week relative to the median week before; a feed that broke off has fewer."""
+    max_volume_ratio: float = Field(2.0, gt=0)
+    """The same; a feed that was delivered twice under new ids has more."""
+    max_unknown_share: float = Field(0.2, ge=0, le=1)
+    """Of events on items that neither the items table nor the weeks before know. A shop without an
+    items table counts its new items here."""
+    max_popularity_divergence: float = Field(0.2, ge=0, le=1)
+    """Jensen-Shannon divergence of the popularity of items from that of the weeks before, bits."""
+    min_agreement_ratio: float = Field(0.5, ge=0)
+    """How well items foretell the next one, relative to the week before; ids that were shuffled
+    foretell nothing."""
+    min_gain: float = 0.0
+    """The lower end of the 95 % interval of the relative gain in NDCG@10 over the champion must be
+    above; e.g. -0.01 allows a loss of one hundredth."""
+    max_latency_ratio: float = Field(1.3, gt=0)
+    """Time of a request relative to the champion's on the same machine."""
+    canary_share: float = Field(0.05, gt=0, le=1)
+    """Of the visitors; 1 makes the challenger the champion at once."""
+
+    @model_validator(mode="after")
+    def _skips_what_builds_on_it(self) -> Self:
+        needs = {"export": "latency", "publish": "canary"}
+        for step, later in needs.items():
+            if step in self.skip and later not in self.skip:
+                raise ValueError(f"skip names {step!r}, on which {later!r} builds; add it")
         return self
 
 
@@ -354,6 +405,7 @@ class PipelineConfig(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     maintain: MaintainConfig = MaintainConfig()
+    retrain: RetrainConfig = RetrainConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     monitor: MonitorConfig = MonitorConfig()
 

@@ -56,6 +56,12 @@ class Measured:
         ndcg = comparison_facts(self.ndcg)
         return {**asdict(self.parity), "ndcg": ndcg, "bytes": self.num_bytes}
 
+    def figure_and_limit(self, config: ExportConfig) -> tuple[float, float]:
+        """What decides whether it may serve: the overlap, at least; or the loss, at most."""
+        if self.variant == "fp32":
+            return self.parity.overlap, config.least_overlap
+        return -self.ndcg.difference.low, config.max_ndcg_loss
+
     def refusal(self, config: ExportConfig) -> str | None:
         """Why it may not serve, in words; None where it may."""
         if self.variant == "fp32":
@@ -91,16 +97,21 @@ class Validation:
 def run(config: PipelineConfig) -> Report:
     """Exports and measures. Raises: JobError when a variant is too far from the model."""
     finished = open_run(config, config.export.run)
+    return _report(finished, config.export, measure(config, finished))
+
+
+def measure(config: PipelineConfig, finished: FinishedRun) -> list[Measured]:
+    """Exports on a worker, and says how far each variant is from the model."""
     sequences = open_sequences(config, finished.facts["sequences_version"])
     tokens = load_tokens(sequences, config, finished.vocabulary)
     num_cpus = max(1, int(ray.available_resources().get("CPU", 1)))
     task = ray.remote(num_cpus=num_cpus)(export_run)
     try:
-        measured = ray.get(task.remote(config, finished, tokens, num_cpus))
+        measured: list[Measured] = ray.get(task.remote(config, finished, tokens, num_cpus))
     except RayTaskError as error:
         # The worker's own error: one sentence, without the worker's traceback in it.
         raise error.cause from error
-    return _report(finished, config.export, measured)
+    return measured
 
 
 def export_run(

@@ -16,7 +16,7 @@ from pyarrow.fs import FileType
 
 from data_lake.parquet import encode_parquet
 from data_lake.storage import Options, locate, open_file, reaching, write_file
-from data_lake.synthetic import Shop, build_shop, items_table
+from data_lake.synthetic import Shop, ShopConfig, build_shop, items_table
 from data_lake.synthetic_draws import Ints
 from data_lake.synthetic_events import Trajectories, generate_part
 from data_lake.synthetic_oracle import best_reachable, leave_one_out, oracle_ranks
@@ -109,6 +109,8 @@ def _read_stamp(uri: str, wanted: dict[str, Any], options: Options) -> dict[str,
         return None
     with open_file(f"{uri}/{_STAMP}", options) as stream:
         found = json.loads(stream.read())
+    # A habit that was added since has its default in an older shop.
+    found["shop"] = ShopConfig().model_dump(mode="json") | found["shop"]
     if {"seed": found["seed"], "shop": found["shop"]} != wanted:
         raise JobError(
             f"{uri} holds another shop ({_first_difference(found, wanted)}); "

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 from deltalake import DeltaTable
 
 from ray_jobs.build_sequences import read_stamp
+from ray_jobs.code_version import code_version
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
+from ray_jobs.new_weeks import count_lake_rows
 from ray_jobs.runs import EXPORT, FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
-from recsys.artifact import ATTRIBUTES, publish
+from recsys.artifact import ATTRIBUTES, publish, read_manifest
 from recsys.encoders import OnnxEncoder, variant_file
 from recsys.export import export_onnx, parity
 from recsys.fallback import write_fallback
@@ -36,6 +39,29 @@ _LIBRARIES = ("ray", "torch", "deltalake", "pyarrow", "numpy", "onnxruntime")
 
 def run(config: PipelineConfig) -> Report:
     """Seals the artifact and promotes it. Raises: JobError when a gate is closed, ArtifactError."""
+    path = publish_run(config)
+    promote(path.parent, path.name)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Report(
+        "publish",
+        f"version {path.name} serves",
+        {
+            "version": path.name,
+            "run": read_manifest(path)["run"],
+            "bytes": size,
+            "path": str(path),
+        },
+    )
+
+
+def publish_run(config: PipelineConfig, facts: Mapping[str, Any] | None = None) -> Path:
+    """Seals the artifact, which nobody sees before it is promoted; returns its folder.
+
+    Args:
+        facts: what else the manifest shall say.
+
+    Raises: JobError when a gate is closed, ArtifactError.
+    """
     finished = open_run(config, config.publish.run)
     evaluation = finished.evaluation()
     if config.publish.must_beat_baselines:
@@ -46,18 +72,11 @@ def run(config: PipelineConfig) -> Report:
     store = collect_tokens(dataset, len(finished.vocabulary.context.fields))
     version = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     registry = Path(config.storage.registry_uri)
-    path = publish(
+    return publish(
         registry,
         version,
         lambda folder: _write_artifact(folder, finished, store, evaluation),
-        _facts(config, finished, sequences),
-    )
-    promote(registry, version)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Report(
-        "publish",
-        f"version {version} serves",
-        {"version": version, "run": finished.folder.name, "bytes": size, "path": str(path)},
+        {**_facts(config, finished, sequences), **(facts or {})},
     )
 
 
@@ -119,6 +138,8 @@ def _facts(config: PipelineConfig, finished: FinishedRun, sequences: DeltaTable)
             "items": finished.facts.get("items_version"),
         },
         "sequences_from": read_stamp(sequences),
+        "lake_rows": count_lake_rows(config),
+        "code": {"train": finished.facts.get("code_sha256"), "publish": code_version()},
         "pipeline": finished.facts["config"],
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),

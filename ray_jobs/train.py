@@ -31,6 +31,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from data_lake.storage import locate
+from ray_jobs.code_version import code_version
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
@@ -242,6 +243,7 @@ def _write_run(
         "config": config.model_dump(mode="json"),
         "recipe": plan.recipe.model_dump(mode="json"),
         "seed": config.seed,
+        "code_sha256": code_version(),
         **facts,
         "history": read_history(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,7 +9,7 @@
     metrics.json            the evaluation
     model.onnx              the encoder, where it was exported; model.<variant>.onnx in other
                             numbers, and export.json, how far they are from the model
-    MANIFEST.json           sha256 of every other file, versions, seed
+    MANIFEST.json           sha256 of every other file, versions, seed, number of the version
 
 It is written beside its place, verified and renamed: a reader sees all of it or none.
 """
@@ -133,7 +133,16 @@ def publish(root: Path, version: str, write: Callable[[Path], None], facts: dict
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
-        manifest = {"format": FORMAT, "version": version, "files": files, **facts}
+        number = 1 + max(
+            (number_of(path.parent) for path in root.glob(f"[!.]*/{MANIFEST}")), default=0
+        )
+        manifest = {
+            "format": FORMAT,
+            "version": version,
+            "number": number,
+            "files": files,
+            **facts,
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
         load_artifact(temporary)
         os.replace(temporary, target)
@@ -147,7 +156,7 @@ def load_artifact(path: Path) -> Artifact:
 
     Raises: ArtifactError that names the first file at fault.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise ArtifactError(
@@ -168,13 +177,27 @@ def load_artifact(path: Path) -> Artifact:
     )
 
 
+def number_of(path: Path) -> int:
+    """Place of a version among those of its registry, from 1; 0 where the manifest does not say.
+
+    It counts what was there before: the clocks of the machines that publish do not matter.
+    """
+    try:
+        return int(json.loads((path / MANIFEST).read_text())["number"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What an artifact says of itself. Raises: ArtifactError when it is none, or of another
+    format.
+    """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:

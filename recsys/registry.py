@@ -3,11 +3,13 @@ one small file beside them.
 
 <root>/<version>/...      artifacts, never changed once published
 <root>/SERVING.json       {"serving": {"champion": ..., "shares": {...}}, "before": [...]}
+<root>/.SERVING.copy.json  the same, for `repair`
 
 The file is replaced at once under a lock, so that promotions at the same time follow each other and
-a reader sees one of them whole.
+a reader sees one of them whole. Processes that serve keep what they have while it is damaged.
 """
 
+import difflib
 import fcntl
 import hashlib
 import json
@@ -19,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recsys.artifact import MANIFEST
+from recsys.artifact import MANIFEST, number_of
 from recsys.errors import ArtifactError
 
 _SERVING = "SERVING.json"
+_COPY = ".SERVING.copy.json"
 _LOCK = ".SERVING.lock"
 _MAX_BEFORE = 50
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,24 @@ class Serving:
 
 
 def list_versions(root: Path) -> list[str]:
-    """Published versions, oldest first (versions sort by time)."""
-    return sorted(path.parent.name for path in root.glob(f"[!.]*/{MANIFEST}"))
+    """Published versions in the order of their numbers; those without one come first, by name."""
+    folders = [path.parent for path in root.glob(f"[!.]*/{MANIFEST}")]
+    return [path.name for path in sorted(folders, key=lambda path: (number_of(path), path.name))]
+
+
+def check_version(root: Path, version: str) -> None:
+    """Raises: ArtifactError that names the nearest versions when there is no such one."""
+    versions = list_versions(root)
+    if version in versions:
+        return
+    nearest = difflib.get_close_matches(version, versions, _MAX_NAMED, cutoff=0.5)
+    if len(versions) <= _MAX_NAMED:
+        known = f"it holds: {', '.join(versions) or 'none'}"
+    elif nearest:
+        known = f"the nearest of {len(versions)}: {', '.join(nearest)}"
+    else:
+        known = f"the newest of {len(versions)}: {', '.join(versions[-_MAX_NAMED:])}"
+    raise ArtifactError(f"Version {version} is not in {root}; {known}.")
 
 
 def read_serving(root: Path) -> Serving:
@@ -78,22 +98,29 @@ def serving_version(root: Path) -> str:
     return read_serving(root).champion
 
 
-def promote(root: Path, version: str, share: float = 1.0) -> Serving:
+def promote(
+    root: Path, version: str, share: float = 1.0, *, champion: str | None = None
+) -> Serving:
     """Gives a published version a share of the visitors; all of them make it the champion, and end
     every canary.
 
-    Raises: ArtifactError for a version that does not exist, a share that is none, or a canary
-    without a champion.
+    Args:
+        champion: the version that it was compared with; another one may have taken over since.
+
+    Raises: ArtifactError for a version that does not exist, a share that is none, a canary without
+    a champion, or another champion than the one given.
     """
-    if version not in list_versions(root):
-        raise ArtifactError(
-            f"Version {version} is not in {root}; it holds: "
-            f"{', '.join(list_versions(root)) or 'none'}."
-        )
+    check_version(root, version)
     if not 0 < share <= 1:
         raise ArtifactError(f"A share of {share:g} is none; give a number above 0, at most 1.")
 
     def change(serving: Serving | None) -> Serving:
+        found = None if serving is None else serving.champion
+        if champion is not None and champion != found:
+            raise ArtifactError(
+                f"Version {version} was compared with {champion}, and {found} serves by now; "
+                "compare it with that one, then promote it."
+            )
         if share == 1:
             return Serving(version)
         if serving is None or serving.champion == version:
@@ -137,6 +164,52 @@ def roll_back(root: Path) -> Serving:
     return found
 
 
+def repair(root: Path) -> str:
+    """Makes a damaged file readable again, from the copy of the last state that was written; says
+    what was done.
+
+    Raises: ArtifactError when the copy is no better; what served before is then not known, and the
+    damaged file is put aside, so that a version can be promoted.
+    """
+    with _locked(root):
+        serving = _try_file(root, _SERVING)
+        if serving is not None:
+            # The copy may be what is damaged, or behind.
+            _copy(root)
+            return f"{root / _SERVING} is whole; {serving.champion} serves."
+        found = _try_file(root, _COPY)
+        aside = _put_aside(root)
+        if found is None:
+            raise ArtifactError(
+                f"No copy of {root / _SERVING} is whole, so nothing serves{aside}; promote one of "
+                f"{', '.join(list_versions(root)[-_MAX_NAMED:]) or 'none'}."
+            )
+        os.replace(_write_beside(root, (root / _COPY).read_text()), root / _SERVING)
+        return f"{found.champion} serves, as the copy says{aside}."
+
+
+def _try_file(root: Path, name: str) -> Serving | None:
+    """What a file says; None where it is damaged, or names what is not there."""
+    try:
+        content = _read(root, name)
+        if content is None:
+            return None
+        for state in content["before"]:
+            _parse(root, state)
+        serving = _parse(root, content["serving"])
+    except ArtifactError:
+        return None
+    return serving if set(serving.versions) <= set(list_versions(root)) else None
+
+
+def _put_aside(root: Path) -> str:
+    if not (root / _SERVING).exists():
+        return ""
+    aside = root / f".{_SERVING}.damaged-{uuid.uuid4().hex[:8]}"
+    os.replace(root / _SERVING, aside)
+    return f", and the damaged file is now {aside.name}"
+
+
 def _change(root: Path, change: Callable[[Serving | None], Serving]) -> Serving:
     with _locked(root):
         content = _read(root)
@@ -154,9 +227,9 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _read(root: Path) -> dict[str, Any] | None:
+def _read(root: Path, name: str = _SERVING) -> dict[str, Any] | None:
     try:
-        content = json.loads((root / _SERVING).read_text())
+        content = json.loads((root / name).read_text())
         if isinstance(content["before"], list) and isinstance(content["serving"], dict):
             return dict(content)
     except FileNotFoundError:
@@ -177,8 +250,8 @@ def _parse(root: Path, state: Any) -> Serving:
 
 def _damaged(root: Path) -> ArtifactError:
     return ArtifactError(
-        f"{root / _SERVING} is damaged; delete it and promote one of "
-        f"{', '.join(list_versions(root)) or 'none'} again."
+        f"{root / _SERVING} is damaged; run python -m ray_jobs.registry repair, which brings back "
+        "the last state that was written."
     )
 
 
@@ -186,10 +259,23 @@ def _write(root: Path, serving: Serving, before: list[Serving]) -> None:
     states = [
         {"champion": state.champion, "shares": dict(state.shares)} for state in [*before, serving]
     ]
-    temporary = root / f".{_SERVING}.{uuid.uuid4().hex}"
     content = {"serving": states[-1], "before": states[:-1][-_MAX_BEFORE:]}
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, root / _SERVING)
+    os.replace(_write_beside(root, json.dumps(content, indent=1)), root / _SERVING)
+    _copy(root)
+
+
+def _copy(root: Path) -> None:
+    os.replace(_write_beside(root, (root / _SERVING).read_text()), root / _COPY)
+
+
+def _write_beside(root: Path, text: str) -> Path:
+    """A file that is on the disk before it takes another one's place, whenever the power fails."""
+    temporary = root / f".{_SERVING}.{uuid.uuid4().hex}"
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
 
 
 def _uniform(text: str) -> float:

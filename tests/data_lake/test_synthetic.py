@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from data_lake.schemas import TIMESTAMP
 from data_lake.sequences import SequencesConfig, build_sequences
-from data_lake.synthetic import DAY_US, DEVICES, ShopConfig, build_shop, items_table
+from data_lake.synthetic import (
+    DAY_US,
+    DEVICES,
+    NUM_CONTEXTS,
+    SEGMENTS,
+    WEEK_US,
+    ShopConfig,
+    build_shop,
+    items_table,
+)
 from data_lake.synthetic_draws import choose, running_sums, search_from
 from data_lake.synthetic_events import EVENT_TYPES, State, draw_next_items, generate_part
 from data_lake.synthetic_oracle import Task, best_reachable, leave_one_out, oracle_ranks
@@ -309,3 +318,33 @@ def test_items_and_users_are_unique(shop, walk):
 def test_a_shop_that_cannot_be_says_why(wrong, message):
     with pytest.raises(ValidationError, match=message):
         ShopConfig(**wrong)
+
+
+DRIFTING = SMALL.model_copy(update={"taste_drift": 0.8, "num_users": 2000})
+
+
+def test_each_week_has_a_taste_of_its_own():
+    shop = build_shop(DRIFTING, seed=3)
+    moments = generate_part(shop, 0).moments
+    week = np.minimum((moments.time_us - shop.config.start_us) // WEEK_US, 8)
+    assert np.array_equal(moments.context // NUM_CONTEXTS, week)
+
+    logits = np.log(shop.categories_XC).reshape(9, len(SEGMENTS), -1, shop.num_categories)
+    moved = np.diff(logits - logits.mean(axis=-1, keepdims=True), axis=0)
+    assert moved.std() == pytest.approx(0.8, rel=0.3)
+    # Hours and devices are as they were: a segment moves as a whole.
+    assert np.allclose(moved, moved[:, :, :1])
+
+
+def test_the_first_week_has_the_taste_of_a_shop_without_drift():
+    still = build_shop(DRIFTING.model_copy(update={"taste_drift": 0.0}), seed=3)
+    drifting = build_shop(DRIFTING, seed=3)
+    assert len(drifting.categories_XC) == 9 * len(still.categories_XC)  # 60 days
+    assert np.array_equal(drifting.categories_XC[: len(still.categories_XC)], still.categories_XC)
+
+
+def test_the_oracle_knows_how_taste_drifts():
+    drifting = build_shop(DRIFTING, seed=3)
+    task = leave_one_out(generate_part(drifting, 0), min_positions=3, max_users=150)
+    scores = next_item_probabilities(drifting, task.state)
+    assert np.array_equal(oracle_ranks(drifting, task), rank_all(scores, task))

@@ -101,7 +101,7 @@ def test_all_events_may_be_targets(configure, root, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (["train.start.artifact=v7"], JobError, r"names version 'v7', .* it holds: old, v1, v2"),
+        (["train.start.artifact=v7"], JobError, r"names version 'v7', .* it holds: v1, v2, old"),
         (["train.start.artifact=/nowhere/v1"], ArtifactError, r"/nowhere/v1 is not an artifact"),
         (["train.start.artifact=old"], JobError, r"old does not say until when it was trained"),
         (["train.overrides.model.dim=32"], ArtifactError, r"model.dim is 16 there and 32 here"),

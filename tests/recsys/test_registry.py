@@ -1,4 +1,5 @@
 import json
+import os
 from multiprocessing import get_context
 
 import pytest
@@ -10,6 +11,7 @@ from recsys.registry import (
     list_versions,
     promote,
     read_serving,
+    repair,
     roll_back,
     serving_version,
 )
@@ -122,8 +124,75 @@ def test_damaged_file_says_so_and_what_to_do(root, content):
     (root / "SERVING.json").write_text(content)
 
     for act in (read_serving, roll_back, lambda root: promote(root, "20260101")):
-        with pytest.raises(ArtifactError, match=r"SERVING\.json is damaged; delete it and promote"):
+        with pytest.raises(
+            ArtifactError, match=r"SERVING\.json is damaged; run python -m .* repair"
+        ):
             act(root)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0\0\0", '{"serving": {"champion": "gone"'])
+def test_a_damaged_file_is_repaired_from_its_copy(root, content):
+    promote(root, "20260101")
+    promote(root, "20260102", 0.1)
+    (root / "SERVING.json").write_text(content)
+
+    assert "20260101 serves, as the copy says, and the damaged file is now" in repair(root)
+    assert read_serving(root) == Serving("20260101", {"20260102": 0.1})
+    assert roll_back(root) == Serving("20260101")
+
+
+def test_a_file_that_is_gone_or_names_what_is_not_there_is_repaired_too(root):
+    promote(root, "20260101")
+    (root / "SERVING.json").unlink()
+    assert repair(root) == "20260101 serves, as the copy says."
+
+    damaged = (root / "SERVING.json").read_text().replace("20260101", "20260191")
+    (root / "SERVING.json").write_text(damaged)
+    repair(root)
+    assert serving_version(root) == "20260101"
+
+
+def test_what_is_whole_is_left_and_gets_its_copy_back(root):
+    promote(root, "20260101")
+    (root / ".SERVING.copy.json").write_text("")
+    assert repair(root).endswith("SERVING.json is whole; 20260101 serves.")
+    (root / "SERVING.json").write_text("")
+    repair(root)
+    assert serving_version(root) == "20260101"
+
+
+def test_without_a_whole_copy_a_version_is_promoted_again(root):
+    promote(root, "20260101")
+    for name in ("SERVING.json", ".SERVING.copy.json"):
+        (root / name).write_text("?")
+    with pytest.raises(ArtifactError, match=r"No copy .* promote one of 20260101, 20260102"):
+        repair(root)
+    assert promote(root, "20260102") == Serving("20260102")
+
+
+def test_versions_stand_in_the_order_of_their_numbers_whatever_the_clocks_said(root):
+    # Published last, by a machine whose clock is a year behind.
+    (root / "20250103").mkdir()
+    (root / "20250103" / MANIFEST).write_text('{"number": 3}')
+    os.utime(root / "20250103" / MANIFEST, (0, 0))
+    assert list_versions(root) == ["20260101", "20260102", "20250103"]
+
+
+def test_a_canary_is_refused_when_another_champion_took_over(root):
+    promote(root, "20260101")
+    with pytest.raises(ArtifactError, match="was compared with 20260102, and 20260101 serves by"):
+        promote(root, "20260102", 0.1, champion="20260102")
+    assert promote(root, "20260102", 0.1, champion="20260101").shares == {"20260102": 0.1}
+
+
+def test_of_many_versions_the_nearest_are_named(root):
+    for day in range(10, 20):
+        (root / f"202601{day}").mkdir()
+        (root / f"202601{day}" / MANIFEST).write_text("{}")
+    with pytest.raises(ArtifactError, match=r"not in .*; the nearest of 12: 20260119"):
+        promote(root, "20260119x")
+    with pytest.raises(ArtifactError, match=r"the newest of 12: 20260115, .*, 20260119\.$"):
+        promote(root, "champion")
 
 
 def promote_many(root, version):

@@ -5,7 +5,7 @@ import pytest
 
 from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
-from recsys.registry import Serving, promote
+from recsys.registry import Serving, promote, repair
 from serve_app.versions import Versions
 
 
@@ -128,12 +128,16 @@ def test_failures_of_disk_and_device_leave_what_serves(watched, error):
     assert (versions.champion, watched.failures) == ("A", ["b"])
 
 
-def test_damaged_registry_leaves_what_serves(watched):
+def test_damaged_registry_leaves_what_serves_until_it_is_repaired(watched):
     versions = watched.open()
+    promote(watched.root, "b", 0.5)
     (watched.root / "SERVING.json").write_text("{")
     versions.refresh()
-
     assert (versions.champion, watched.failures) == ("A", [""])
+
+    repair(watched.root)
+    versions.refresh()
+    assert versions.serving == Serving("a", {"b": 0.5})
 
 
 def test_start_without_a_loadable_champion_fails(watched):
