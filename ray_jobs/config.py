@@ -335,6 +335,9 @@ class MonitorConfig(Section):
                 f"{self.num_resamples} resamples do not tell a false_alarm_rate of "
                 f"{self.false_alarm_rate:g}; raise num_resamples"
             )
+        return self
+
+
 class RetrainConfig(Section):
     """The weekly loop: what is held back, what the data and the challenger must pass, and how many
     visitors the challenger meets. Training starts from the serving version where `[train.start]`
