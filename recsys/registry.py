@@ -78,6 +78,18 @@ def serving_version(root: Path) -> str:
     return read_serving(root).champion
 
 
+def list_states(root: Path) -> list[Serving]:
+    """Everything that served, as far as it is remembered, oldest first; what serves now is the
+    last.
+
+    Raises: ArtifactError as `read_serving`.
+    """
+    now = read_serving(root)
+    content = _read(root)
+    before = [] if content is None else content["before"]
+    return [*(_parse(root, state) for state in before), now]
+
+
 def promote(root: Path, version: str, share: float = 1.0) -> Serving:
     """Gives a published version a share of the visitors; all of them make it the champion, and end
     every canary.
