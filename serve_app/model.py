@@ -15,7 +15,7 @@ from recsys.filters import ItemIndex
 from recsys.model_config import ModelConfig
 from recsys.queries import Query, encode_queries
 from recsys.ranker import SimilarQuery
-from serve_app.ladder import Ladder
+from recsys.ladder import Ladder
 
 
 @dataclass(frozen=True)

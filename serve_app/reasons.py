@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from recsys.catalogue import PAD
 from recsys.filters import ItemId
 from recsys.queries import Event
-from serve_app.ladder import Candidate
+from recsys.ladder import Candidate, Source
 from serve_app.model import Model
-from serve_app.schemas import Reason, Source
+from serve_app.schemas import Reason
 
 _VERBS: Mapping[str | None, str] = {
     "view": "viewed",

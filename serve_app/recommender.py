@@ -22,7 +22,7 @@ from serve_app.event_log import Owner
 from serve_app.exposures import Exposure, ExposureLog
 from serve_app.guarded_ranker import GuardedRanker, RankerClient
 from serve_app.history_stores.store import HistoryStore
-from serve_app.ladder import Candidate
+from recsys.ladder import Candidate
 from serve_app.metrics import Metrics
 from serve_app.model import Model
 from serve_app.reasons import explain
