@@ -218,7 +218,7 @@ def render(
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
             *lines,
             "",
-            "\"Lists as draws\" is the interval that counts lists instead of users. Where there is "
+            '"Lists as draws" is the interval that counts lists instead of users. Where there is '
             "no uplift, what finds a difference is a false positive (5 % expected); at the "
             "detectable uplift it is the power, 80 % by definition.",
             "",

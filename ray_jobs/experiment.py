@@ -125,11 +125,13 @@ def newest_event_us(events: DeltaTable) -> int:
     """
     actions = pa.table(events.get_add_actions(flatten=True))
     newest = (
-        pc.max(actions["max.timestamp"]).as_py() if "max.timestamp" in actions.schema.names else None
+        pc.max(actions["max.timestamp"]).as_py()
+        if "max.timestamp" in actions.schema.names
+        else None
     )
     if newest is None:
         raise JobError("The lake has no events; run ray_jobs.ingest first.")
-    return round(newest.timestamp() * 1e6)
+    return _microseconds(newest)
 
 
 def gather(

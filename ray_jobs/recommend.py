@@ -142,10 +142,7 @@ class BucketRecommender:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Writes the lists of the bucket in the only row, uncommitted; returns its part."""
         bucket, order = Bucket(**json.loads(batch["bucket"][0].as_py())), self._order
-        tables = [
-            make_lists(self._maker, users, order)
-            for users in read_users(bucket, order)
-        ]
+        tables = [make_lists(self._maker, users, order) for users in read_users(bucket, order)]
         if not any(table.num_rows for table in tables):
             return pa.table({"made": pa.array([], pa.string())})
         rows = pa.concat_tables(tables)

@@ -77,7 +77,8 @@ def tally(lists: pa.Table, events: pa.Table, *, start_us: int, window_us: int) -
     visitors_N, visitors_E = _shared_codes(lists["visitor"], events["visitor"])
     num_visitors = max(visitors_N.max(), visitors_E.max(initial=0)) + 1
     arms_N = lists["arm"].to_numpy()
-    sees_VA = np.bincount(2 * visitors_N + arms_N, minlength=2 * num_visitors).reshape(-1, 2) > 0
+    lists_VA = np.bincount(2 * visitors_N + arms_N, minlength=2 * num_visitors).reshape(-1, 2)
+    sees_VA = lists_VA > 0
 
     lists_E = attribute(lists, events, window_us)
     kinds_E = events["kind"].to_numpy()
@@ -99,8 +100,8 @@ def tally(lists: pa.Table, events: pa.Table, *, start_us: int, window_us: int) -
     values_VC = np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float64)
 
     is_switched_V = sees_VA.all(axis=1)
-    is_counted_N = lists["degraded"].to_numpy() & ~is_switched_V[visitors_N]
-    degraded_A = np.bincount(arms_N[is_counted_N], minlength=2)
+    is_degraded_N = lists["degraded"].to_numpy() & ~is_switched_V[visitors_N]
+    degraded_A = np.bincount(arms_N[is_degraded_N], minlength=2)
     return Tally(
         Moments.of(values_VC[sees_VA[:, CONTROL] & ~is_switched_V]),
         Moments.of(values_VC[sees_VA[:, TREATMENT] & ~is_switched_V]),
@@ -136,9 +137,7 @@ def attribute(lists: pa.Table, events: pa.Table, window_us: int) -> np.ndarray:
     return lists_E
 
 
-def _shared_codes(
-    first: pa.ChunkedArray, second: pa.ChunkedArray
-) -> tuple[np.ndarray, np.ndarray]:
+def _shared_codes(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Equal numbers for equal texts of two columns."""
     both = pa.chunked_array([*first.chunks, *second.chunks], pa.string())
     codes = both.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)

@@ -63,7 +63,7 @@ class Moments:
 
     @property
     def num_users(self) -> int:
-        return round(self.products_CC[0, 0])
+        return int(self.products_CC[0, 0])
 
     def total(self, column: str) -> float:
         """The sum of a column."""
@@ -201,9 +201,7 @@ def relative_uplift(ours: Ratio, theirs: Ratio) -> Interval | None:
     square = theirs.mean**2 - _Z**2 * theirs.variance
     if square <= 0:
         return None
-    root = math.sqrt(
-        max(0.0, ours.mean**2 * theirs.variance + ours.variance * square)
-    )
+    root = math.sqrt(max(0.0, ours.mean**2 * theirs.variance + ours.variance * square))
     middle = ours.mean * theirs.mean
     low, high = ((middle + sign * _Z * root) / square - 1 for sign in (-1, 1))
     return Interval(ours.mean / theirs.mean - 1, low, high)
@@ -227,9 +225,7 @@ def adjust(control: Moments, treatment: Moments, metric: str) -> tuple[Moments, 
     return control.plus(above, changes), treatment.plus(above, changes)
 
 
-def check_sample_ratio(
-    num_control: int, num_treatment: int, expected_share: float
-) -> SampleRatio:
+def check_sample_ratio(num_control: int, num_treatment: int, expected_share: float) -> SampleRatio:
     """Compares the users of both arms with the share that treatment was given among them.
 
     Raises: ValueError when there is no user.

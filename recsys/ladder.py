@@ -11,7 +11,6 @@ from recsys.catalogue import PAD
 from recsys.fallback import Fallback, Scored
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
 
-
 Source = Literal["model", "covisited", "popular_in_segment", "popular"]
 """The model, or a rung below it."""
 

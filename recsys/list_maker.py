@@ -10,9 +10,9 @@ from typing import Literal
 from recsys.artifact import Artifact
 from recsys.encoders import Backend, variant_file
 from recsys.fallback import Fallback
-from recsys.filters import ItemId, ItemIndex
+from recsys.filters import AttributeFilter, ItemId, ItemIndex
 from recsys.ladder import Candidate, Ladder
-from recsys.queries import Query
+from recsys.queries import Query, RequestContext
 from recsys.ranker import RankedList, Ranker
 
 
@@ -48,7 +48,7 @@ class ListMaker:
         index = ItemIndex(artifact.catalogue)
         self._ladder = Ladder(Fallback.read(artifact.path / "fallback"), index)
         self.ranker = _open_ranker(artifact, device, num_threads)
-        self._of_newcomer = lru_cache(maxsize=1024)(self._fill)
+        self._of_newcomer = lru_cache(maxsize=1024)(self._fill_for_newcomer)
 
     def make(self, queries: Sequence[Query]) -> list[MadeList]:
         """One list a query, in the order given.
@@ -63,7 +63,21 @@ class ListMaker:
         if found.item_ids:
             return MadeList(found.item_ids, found.scores, "model")
         # Those who did nothing yet differ in their segment alone.
-        return self._fill(query) if query.history else self._of_newcomer(query)
+        if query.history:
+            return self._fill(query)
+        return self._of_newcomer(
+            query.context.segment, query.k, query.exclude_items, query.attributes
+        )
+
+    def _fill_for_newcomer(
+        self,
+        segment: str | None,
+        k: int,
+        exclude_items: tuple[ItemId, ...],
+        attributes: AttributeFilter,
+    ) -> MadeList:
+        context = RequestContext(segment=segment)
+        return self._fill(Query((), context, k, exclude_items=exclude_items, attributes=attributes))
 
     def _fill(self, query: Query) -> MadeList:
         history = [event.item_id for event in query.history]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from recsys.catalogue import PAD
 from recsys.filters import ItemId
-from recsys.queries import Event
 from recsys.ladder import Candidate, Source
+from recsys.queries import Event
 from serve_app.model import Model
 from serve_app.schemas import Reason
 

@@ -271,4 +271,3 @@ def test_a_version_with_other_ids_is_refused(tmp_path, registry):
     with pytest.raises(JobError, match="item ids of type string, and the lake int64; name a ver"):
         recommend.run(pipeline(tmp_path, registry))
     assert not table_exists(lake, "recommendations")
-
