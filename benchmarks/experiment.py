@@ -1,5 +1,5 @@
-"""How often the intervals of `recsys.experiment` are right, on simulated experiments whose effect is
-known.
+"""How often the intervals of `recsys.experiment` are right, on simulated experiments with a known
+effect.
 
     python -m benchmarks.experiment --replications 10_000
 

@@ -99,7 +99,7 @@ def tally(lists: pa.Table, events: pa.Table, *, start_us: int, window_us: int) -
     }
     values_VC = np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float64)
 
-    is_switched_V = sees_VA.all(axis=1)
+    is_switched_V = sees_VA[:, CONTROL] & sees_VA[:, TREATMENT]
     is_degraded_N = lists["degraded"].to_numpy() & ~is_switched_V[visitors_N]
     degraded_A = np.bincount(arms_N[is_degraded_N], minlength=2)
     return Tally(

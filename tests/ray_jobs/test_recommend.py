@@ -1,12 +1,15 @@
 """Lists for everybody, beside those that the endpoint gives."""
 
+import json
 from collections import Counter
+from dataclasses import asdict
 
 import pyarrow as pa
 import pytest
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError
+from data_lake.maintenance import forget_users
 from data_lake.schemas import (
     TIMESTAMP,
     events_schema,
@@ -161,18 +164,36 @@ def test_everybody_gets_the_list_of_the_endpoint(tmp_path, registry, lake, onlin
     assert sources == {"model": 4, "fallback": 4}
     assert (report.figures["by_model"], report.figures["by_fallback"]) == (4, 4)
 
-    again = recommend.run(pipeline(tmp_path, registry, users="sequences", top_k=3, version="v2"))
-    replaced = read_lists(lake)
-    assert sorted(replaced) == sorted(HISTORIES)
-    assert {len(row["item_ids"]) for row in replaced.values()} == {3}
-    assert {row["model_version"] for row in replaced.values()} == {"v2"}
-    versions = (one.figures["recommendations_version"] for one in (report, again))
-    assert list(versions) == [1, 2]
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """One actor's work in this process."""
+
+    def make_all(config, order, buckets):
+        actor = recommend.BucketRecommender(order)
+        for bucket in buckets:
+            made = actor(pa.table({"bucket": [json.dumps(asdict(bucket))]}))
+            yield from map(json.loads, made["made"].to_pylist())
+
+    monkeypatch.setattr(recommend, "_make_all", make_all)
 
 
-@pytest.mark.ray
+def test_the_next_run_replaces_all_lists(tmp_path, registry, lake, without_ray):
+    first = recommend.run(pipeline(tmp_path, registry))
+    assert sorted(read_lists(lake)) == sorted(ALL)
+
+    wanted = {"users": "sequences", "top_k": 3, "version": "v2"}
+    second = recommend.run(pipeline(tmp_path, registry, **wanted))
+    lists = read_lists(lake)
+    assert sorted(lists) == sorted(HISTORIES)
+    assert {len(row["item_ids"]) for row in lists.values()} == {3}
+    assert {row["model_version"] for row in lists.values()} == {"v2"}
+    versions = [one.figures["recommendations_version"] for one in (first, second)]
+    assert versions == [1, 2]
+
+
 def test_a_run_that_fails_leaves_the_lists_of_the_one_before(
-    tmp_path, registry, lake, ray_cluster, monkeypatch
+    tmp_path, registry, lake, without_ray, monkeypatch
 ):
     recommend.run(pipeline(tmp_path, registry))
     before, table = read_lists(lake), tmp_path / "lake" / "recommendations"
@@ -186,6 +207,27 @@ def test_a_run_that_fails_leaves_the_lists_of_the_one_before(
         recommend.run(pipeline(tmp_path, registry))
     assert read_lists(lake) == before
     assert sorted(table.rglob("*.parquet")) == files
+
+
+def test_of_two_runs_at_a_time_one_loses(tmp_path, registry, lake, without_ray, monkeypatch):
+    recommend.run(pipeline(tmp_path, registry))
+    make_all = recommend._make_all
+
+    def be_late(config, order, buckets):
+        monkeypatch.setattr(recommend, "_make_all", make_all)
+        recommend.run(pipeline(tmp_path, registry, top_k=2))
+        yield from make_all(config, order, buckets)
+
+    monkeypatch.setattr(recommend, "_make_all", be_late)
+    with pytest.raises(ConflictError):
+        recommend.run(pipeline(tmp_path, registry, top_k=5))
+    assert {len(row["item_ids"]) for row in read_lists(lake).values()} == {2}
+
+
+def test_a_forgotten_user_leaves_the_lists_too(tmp_path, registry, lake, without_ray):
+    recommend.run(pipeline(tmp_path, registry))
+    assert forget_users(lake, "recommendations", ["ann"]) == 1
+    assert sorted(read_lists(lake)) == sorted(set(ALL) - {"ann"})
 
 
 def order_of(artifact, **changed):

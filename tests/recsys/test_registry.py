@@ -7,6 +7,7 @@ from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
 from recsys.registry import (
     Serving,
+    list_states,
     list_versions,
     promote,
     read_serving,
@@ -75,6 +76,13 @@ def test_canary_needs_a_champion_that_keeps_visitors(root):
     promote(root, "20260102", 0.5)
     with pytest.raises(ArtifactError, match=r"20260102: 0.5, 20260103: 0.5 leave nothing"):
         promote(root, "20260103", 0.5)
+
+
+def test_what_served_is_remembered_in_its_order(root):
+    promote(root, "v1")
+    promote(root, "v2", 0.25)
+    promote(root, "v2")
+    assert list_states(root) == [Serving("v1"), Serving("v1", {"v2": 0.25}), Serving("v2")]
 
 
 def test_roll_back_goes_back_step_by_step_and_says_where_it_ends(root):
