@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 import pytest
+import torch
 
 from data_lake.buckets import bucket_of
 from data_lake.errors import ConflictError
@@ -176,6 +177,9 @@ def without_ray(monkeypatch):
             yield from map(json.loads, made["made"].to_pylist())
 
     monkeypatch.setattr(recommend, "_make_all", make_all)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def test_the_next_run_replaces_all_lists(tmp_path, registry, lake, without_ray):

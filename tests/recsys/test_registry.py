@@ -79,10 +79,11 @@ def test_canary_needs_a_champion_that_keeps_visitors(root):
 
 
 def test_what_served_is_remembered_in_its_order(root):
-    promote(root, "v1")
-    promote(root, "v2", 0.25)
-    promote(root, "v2")
-    assert list_states(root) == [Serving("v1"), Serving("v1", {"v2": 0.25}), Serving("v2")]
+    old, new = list_versions(root)
+    promote(root, old)
+    promote(root, new, 0.25)
+    promote(root, new)
+    assert list_states(root) == [Serving(old), Serving(old, {new: 0.25}), Serving(new)]
 
 
 def test_roll_back_goes_back_step_by_step_and_says_where_it_ends(root):
