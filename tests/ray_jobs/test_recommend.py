@@ -1,11 +1,18 @@
 """Lists for everybody, beside those that the endpoint gives."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 import torch
 
 from data_lake.buckets import bucket_of
@@ -53,6 +60,18 @@ NEWCOMERS = {"fay": "loyal", "gus": None}
 """Of the users table; "hal" has one event and no sequence."""
 ALL = [*HISTORIES, *NEWCOMERS, "hal"]
 
+KILLED = """
+name = "toy"
+storage = {{ root = "{root}" }}
+[[ingest.events]]
+path = "none"
+format = "csv"
+columns = {{}}
+[recommend]
+num_actors = 1
+batch_size = 64
+"""
+
 
 def pipeline(root, registry, **chosen):
     if not (root / "registry").exists():
@@ -81,12 +100,12 @@ def sequences_table():
     )
 
 
-def write_buckets(lake, name, rows, schema):
-    table = create_table(lake, name, schema, num_buckets=NUM_BUCKETS)
-    buckets = bucket_of(rows["user_id"], NUM_BUCKETS)
+def write_buckets(lake, name, rows, schema, num_buckets=NUM_BUCKETS):
+    table = create_table(lake, name, schema, num_buckets=num_buckets)
+    buckets = bucket_of(rows["user_id"], num_buckets)
     parts = [
         write_part(lake, name, rows.filter(pa.array(buckets == bucket)), bucket)
-        for bucket in range(NUM_BUCKETS)
+        for bucket in range(num_buckets)
         if (buckets == bucket).any()
     ]
     commit_parts(table, parts)
@@ -226,6 +245,46 @@ def test_of_two_runs_at_a_time_one_loses(tmp_path, registry, lake, without_ray, 
     with pytest.raises(ConflictError):
         recommend.run(pipeline(tmp_path, registry, top_k=5))
     assert {len(row["item_ids"]) for row in read_lists(lake).values()} == {2}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_the_lists_of_the_one_before(
+    tmp_path, registry, without_ray, ray_cluster
+):
+    lake, few = str(tmp_path / "lake"), sequences_table()
+    many = pa.concat_tables([few] * 3_000)
+    names = pa.array([f"u{n}" for n in range(many.num_rows)])
+    many = many.set_column(0, "user_id", names)
+    schema = sequences_schema("string", "string")
+    write_buckets(lake, "sequences", many, schema, num_buckets=8)
+    recommend.run(pipeline(tmp_path, registry, top_k=1))
+    before = table_files(lake)
+
+    (tmp_path / "toy.toml").write_text(KILLED.format(root=tmp_path))
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.recommend", "--config", str(tmp_path / "toy.toml")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RAY_ADDRESS": address},
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while table_files(lake) == before:
+        assert driver.poll() is None, "it ended before it wrote anything"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    driver.kill()
+    assert driver.wait(timeout=60) == -signal.SIGKILL
+
+    assert open_table(lake, "recommendations").version() == 1
+    lists = read_lists(lake)
+    assert len(lists) == many.num_rows
+    assert {len(row["item_ids"]) for row in lists.values()} == {1}
+
+
+def table_files(lake):
+    return set(Path(lake, "recommendations").rglob("*.parquet"))
 
 
 def test_a_forgotten_user_leaves_the_lists_too(tmp_path, registry, lake, without_ray):
