@@ -10,7 +10,7 @@ report.json into `<storage root>/experiments/<name>/`.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ import ray
 from deltalake import DeltaTable
 from pyarrow.fs import FileInfo
 
+from data_lake.schemas import TIMESTAMP
 from data_lake.storage import list_folder, locate
 from data_lake.tables import files_by_bucket, num_buckets_of, open_table
 from ray_jobs.config import ExperimentConfig, PipelineConfig, expand
@@ -34,7 +35,7 @@ from ray_jobs.visitors import Period, first_shown, load_events, load_lists, tall
 from recsys.attribution import NOTHING, Tally
 from recsys.experiment import METRICS, adjust, check_sample_ratio, compare_arms
 from recsys.metrics import Interval
-from recsys.registry import list_states
+from recsys.registry import Serving, list_states
 
 _DAY_US = 86_400_000_000
 _MAX_GROUPS = 256
@@ -81,16 +82,7 @@ def find_arms(config: PipelineConfig) -> Arms:
     """
     wanted = config.experiment
     states = list_states(Path(config.storage.registry_uri))
-    if wanted.control is None or wanted.treatment is None:
-        last = next((state for state in reversed(states) if state.shares), None)
-        if last is None or len(last.shares) > 1:
-            canaries = "no canary" if last is None else f"the canaries {', '.join(last.shares)}"
-            raise JobError(
-                f"The registry had {canaries}; name experiment.control and experiment.treatment."
-            )
-        control, (treatment,) = last.champion, last.shares
-    else:
-        control, treatment = wanted.control, wanted.treatment
+    control, treatment = _find_versions(wanted, states)
     if wanted.treatment_share is not None:
         return Arms(control, treatment, wanted.treatment_share)
     for state in reversed(states):
@@ -124,14 +116,14 @@ def newest_event_us(events: DeltaTable) -> int:
     Raises: JobError when it has no event.
     """
     actions = pa.table(events.get_add_actions(flatten=True))
-    newest = (
-        pc.max(actions["max.timestamp"]).as_py()
-        if "max.timestamp" in actions.schema.names
-        else None
+    name = "max.timestamp"
+    times = (
+        actions[name].cast(TIMESTAMP) if name in actions.column_names else pa.nulls(0, TIMESTAMP)
     )
-    if newest is None:
+    newest_us: int | None = pc.max(times.cast(pa.int64())).as_py()
+    if newest_us is None:
         raise JobError("The lake has no events; run ray_jobs.ingest first.")
-    return _microseconds(newest)
+    return newest_us
 
 
 def gather(
@@ -213,6 +205,20 @@ def judge(
             metric: _compare(found, metric, days, wanted.wanted_uplift) for metric in METRICS
         },
     }
+
+
+def _find_versions(wanted: ExperimentConfig, states: Sequence[Serving]) -> tuple[str, str]:
+    """Control and treatment, by default of the last state with a canary."""
+    if wanted.control is not None and wanted.treatment is not None:
+        return wanted.control, wanted.treatment
+    last = next((state for state in reversed(states) if state.shares), None)
+    if last is None or len(last.shares) > 1:
+        canaries = "no canary" if last is None else f"the canaries {', '.join(last.shares)}"
+        raise JobError(
+            f"The registry had {canaries}; name experiment.control and experiment.treatment."
+        )
+    (treatment,) = last.shares
+    return last.champion, treatment
 
 
 def _compare(found: Tally, metric: str, days: float, wanted_uplift: float) -> dict[str, Any]:

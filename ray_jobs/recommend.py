@@ -172,13 +172,13 @@ def make_lists(maker: ListMaker, users: pa.Table, order: Order) -> pa.Table:
     """
     lengths_U = pc.list_value_length(users["item_ids"]).to_numpy()
     by_length = np.argsort(lengths_U, kind="stable")
-    made: list[MadeList] = []
+    version = maker.ranker.info.model_version
+    made = [order.schema.empty_table()]
     for start in range(0, len(by_length), order.batch_size):
         rows = users.take(pa.array(by_length[start : start + order.batch_size]))
-        made += maker.make(make_queries(rows, order))
-    in_order = pa.array(np.argsort(by_length, kind="stable"))
-    user_ids = users["user_id"].take(pa.array(by_length))
-    return _as_rows(user_ids, made, maker.ranker.info.model_version, order).take(in_order)
+        lists = maker.make(make_queries(rows, order))
+        made.append(_as_rows(rows["user_id"], lists, version, order))
+    return pa.concat_tables(made).take(pa.array(np.argsort(by_length, kind="stable")))
 
 
 def make_queries(users: pa.Table, order: Order) -> list[Query]:
