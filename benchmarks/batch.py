@@ -47,6 +47,8 @@ class Result:
     actors: int
     batch_size: int
     seconds: float
+    cpu_s: float
+    """Of the actors, from a bucket's files to its lists, without their start."""
     idle_bytes: int
     peak_bytes: int
     peak_by_kind: dict[str, int]
@@ -159,6 +161,7 @@ def measure(config: PipelineConfig, num_users: int, object_store_gib: float) -> 
         wanted.num_actors,
         wanted.batch_size,
         seconds,
+        report.figures["cpu_s"],
         idle.peak_bytes,
         memory.peak_bytes,
         memory.by_kind_at_peak,
@@ -189,10 +192,14 @@ def render(shape: Shape, result: Result) -> str:
             f"{SHORTEST} to {LONGEST} events, top 10, seen items left out, batches of "
             f"{result.batch_size}.",
             "",
-            "| users | where | s | users/s | peak GiB | Ray alone GiB |",
-            "|---:|---|---:|---:|---:|---:|",
+            "| users | where | s | users/s | users/CPU-s | peak GiB | Ray alone GiB |",
+            "|---:|---|---:|---:|---:|---:|---:|",
             f"| {result.users:,} | {actors} | {result.seconds:,.0f} | {result.users_per_s:,.0f} "
+            f"| {result.users / result.cpu_s:,.0f} "
             f"| {result.peak_bytes / GIB:.2f} | {result.idle_bytes / GIB:.2f} |",
+            "",
+            "A CPU-second is one of an actor at work; where other programs have the cores too, it "
+            "tells more than the wall clock. The seconds count the start of the actors.",
             "",
             f"At the peak, GiB: {kinds}.",
             "",

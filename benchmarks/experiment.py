@@ -149,7 +149,7 @@ def measure_power(traffic: Traffic, num: int, *, seed: int = 0) -> float:
 def detectable_effect(traffic: Traffic) -> float:
     """The relative uplift that such an experiment says it could find, on average."""
     found = (compare_arms(*arms, METRIC) for arms in simulate(traffic, 200, 99))
-    return float(np.mean([one.detectable for one in found])) / CLICK_RATE
+    return float(np.mean([one.detectable for one in found]))
 
 
 def measure_alarms(users: int, expected: float, actual: float, num: int) -> float:
@@ -183,7 +183,7 @@ def _judge(arms: tuple[Moments, Moments], traffic: Traffic, truth: float) -> tup
         low <= truth <= high,
         plain.is_significant,
         adjusted.is_significant,
-        (adjusted.standard_error / plain.standard_error) ** 2,
+        adjusted.variance / plain.variance,
         ratio.is_alarm,
     )
 

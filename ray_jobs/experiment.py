@@ -225,25 +225,23 @@ def _compare(found: Tally, metric: str, days: float, wanted_uplift: float) -> di
     """A metric as facts: as it is, and with the noise taken out that was there before."""
     plain = compare_arms(found.control, found.treatment, metric)
     uplift = compare_arms(*adjust(found.control, found.treatment, metric), metric)
-    days_needed = uplift.days_needed(days, wanted_uplift)
-    is_known = plain.standard_error > 0
-    kept = (uplift.standard_error / plain.standard_error) ** 2 if is_known else 1.0
     return {
         "meaning": METRICS[metric].meaning,
-        **_interval("control", uplift.control),
-        **_interval("treatment", uplift.treatment),
+        **_interval("control", uplift.control.interval),
+        **_interval("treatment", uplift.treatment.interval),
         **_interval("difference", uplift.difference),
         **_interval("relative", uplift.relative),
         **_interval("plain_difference", plain.difference),
         "p_value": uplift.p_value,
         "is_significant": uplift.is_significant,
-        "variance_kept": kept,
-        "detectable": uplift.detectable,
-        "detectable_relative": uplift.detectable / plain.control.mean
-        if plain.control.mean
-        else None,
-        "days_needed": days_needed if days_needed < math.inf else None,
+        "variance_kept": uplift.variance / plain.variance if plain.variance else 1.0,
+        "detectable": _finite(uplift.detectable),
+        "days_needed": _finite(uplift.days_needed(days, wanted_uplift)),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _interval(name: str, found: Interval | None) -> dict[str, float | None]:
@@ -349,7 +347,7 @@ def _report(facts: Mapping[str, Any], folder: Path) -> Report:
         "primary": facts["primary"],
         "primary_low": primary["relative_low"],
         "primary_high": primary["relative_high"],
-        "detectable_relative": primary["detectable_relative"],
+        "detectable": primary["detectable"],
         "days_needed": primary["days_needed"],
         "report": str(folder / "report.html"),
     }

@@ -39,8 +39,8 @@ def write_experiment(folder: Path, facts: Facts) -> None:
         Text(_READING),
         Heading("How much the traffic can tell"),
         Text(
-            "Detectable: the uplift that would have been found in four of five experiments with as "
-            f"many users. Days: until an uplift of {_percent(facts['wanted_uplift'])} would be, if "
+            "Detectable: the relative uplift that would have been found in four of five experiments "
+            f"with as many users. Days: until an uplift of {_percent(facts['wanted_uplift'])} would be, if "
             "users keep coming as they came. Variance: what is left of it after what users did "
             f"in the {facts['before_days']:g} days before was taken out."
         ),
@@ -124,14 +124,13 @@ def _power(facts: Facts) -> Table:
     rows = [
         (
             name,
-            f"{found['detectable']:.4f}",
-            _percent(found["detectable_relative"]),
+            _percent(found["detectable"]),
             "-" if found["days_needed"] is None else f"{found['days_needed']:,.1f}",
             f"{found['variance_kept']:.1%}",
         )
         for name, found in facts["metrics"].items()
     ]
-    return Table(("", "detectable", "relative", "days", "variance"), rows)
+    return Table(("", "detectable", "days", "variance"), rows)
 
 
 def _relative(found: Facts) -> str:

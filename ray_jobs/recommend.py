@@ -101,7 +101,7 @@ def run(config: PipelineConfig) -> Report:
     recommendations = create_table(
         order.lake_uri, TABLE, schema, order.options, num_buckets=num_buckets_of(sequences)
     )
-    counts: Counter[str] = Counter()
+    counts, cpu_s = Counter[str](), 0.0
     with Written(order.lake_uri, order.options) as written:
         parts = []
         with timed("make lists"):
@@ -109,6 +109,7 @@ def run(config: PipelineConfig) -> Report:
                 parts.append(Part(**made["part"]))
                 written.add(TABLE, parts[-1])
                 counts.update(made["counts"])
+                cpu_s += made["cpu_s"]
         stamp = {
             "model_version": artifact.version,
             "sequences_version": sequences.version(),
@@ -122,6 +123,7 @@ def run(config: PipelineConfig) -> Report:
         "by_fallback": counts["fallback"],
         **stamp,
         "recommendations_version": version,
+        "cpu_s": round(cpu_s, 1),
         "users_per_s": round(counts.total() / seconds, 1),
     }
     return Report("recommend", f"lists for {counts.total():,} users", figures)
@@ -141,14 +143,19 @@ class BucketRecommender:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Writes the lists of the bucket in the only row, uncommitted; returns its part."""
+        started = time.process_time()
         bucket, order = Bucket(**json.loads(batch["bucket"][0].as_py())), self._order
         tables = [make_lists(self._maker, users, order) for users in read_users(bucket, order)]
         if not any(table.num_rows for table in tables):
             return pa.table({"made": pa.array([], pa.string())})
         rows = pa.concat_tables(tables)
         part = write_rows(order.lake_uri, TABLE, rows, bucket.number, order.options)
-        counts = Counter(rows["source"].to_pylist())
-        return pa.table({"made": [json.dumps({"part": asdict(part), "counts": counts})]})
+        made = {
+            "part": asdict(part),
+            "counts": Counter(rows["source"].to_pylist()),
+            "cpu_s": time.process_time() - started,
+        }
+        return pa.table({"made": [json.dumps(made)]})
 
 
 def read_users(bucket: Bucket, order: Order) -> Iterator[pa.Table]:

@@ -25,6 +25,8 @@ POWER = 0.8
 
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
+_NEEDED = _Z + _NORMAL.inv_cdf(POWER)
+"""Standard errors that a difference must measure to be found with that power."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Ratio:
     """Of the mean, by the delta method."""
 
     @property
+    def relative_variance(self) -> float:
+        """To the square of the mean. An uplift of every user's rate leaves it as it is."""
+        return self.variance / self.mean**2 if self.mean else math.inf
+
+    @property
     def interval(self) -> Interval:
         """95 %."""
         return _around(self.mean, math.sqrt(self.variance))
@@ -103,14 +110,12 @@ class Uplift:
     """A metric of treatment against control; intervals are of 95 %."""
 
     metric: str
-    control: Interval
-    treatment: Interval
+    control: Ratio
+    treatment: Ratio
     difference: Interval
     relative: Interval | None
     """To control, by Fieller's theorem; None where control may be 0."""
     p_value: float
-    standard_error: float
-    """Of the difference."""
 
     @property
     def is_significant(self) -> bool:
@@ -118,17 +123,30 @@ class Uplift:
         return self.difference.low > 0 or self.difference.high < 0
 
     @property
+    def variance(self) -> float:
+        """Of the difference."""
+        return self.control.variance + self.treatment.variance
+
+    @property
     def detectable(self) -> float:
-        """The smallest difference that as many users would have shown with a power of 80 %."""
-        return (_Z + _NORMAL.inv_cdf(POWER)) * self.standard_error
+        """The smallest relative uplift that as many users show with a power of 80 %, its own share
+        of the variance included; infinite where nothing can be found.
+        """
+        ours, theirs = self.treatment.relative_variance, self.control.relative_variance
+        factor = 1 - _NEEDED**2 * ours
+        if not factor > 0 or not math.isfinite(theirs):
+            return math.inf
+        # uplift = needed * sqrt(theirs + ours * (1 + uplift) ** 2), solved for the uplift.
+        slope = _NEEDED**2 * ours
+        root = math.sqrt(slope**2 + factor * _NEEDED**2 * (theirs + ours))
+        return (slope + root) / factor
 
     def days_needed(self, days_seen: float, wanted: float) -> float:
         """Days after which a relative uplift of `wanted` is found with a power of 80 %, if users
-        keep coming as they came; infinite where control is 0.
+        keep coming as they came; infinite where an arm has no success.
         """
-        if self.control.mean == 0:
-            return math.inf
-        return days_seen * (self.detectable / (wanted * abs(self.control.mean))) ** 2
+        ours, theirs = self.treatment.relative_variance, self.control.relative_variance
+        return days_seen * (_NEEDED / wanted) ** 2 * (theirs + ours * (1 + wanted) ** 2)
 
 
 @dataclass(frozen=True)
@@ -185,12 +203,11 @@ def compare_arms(control: Moments, treatment: Moments, metric: str) -> Uplift:
     standard_error = math.sqrt(ours.variance + theirs.variance)
     return Uplift(
         metric,
-        theirs.interval,
-        ours.interval,
+        theirs,
+        ours,
         _around(difference, standard_error),
         relative_uplift(ours, theirs),
         _p_value(difference, standard_error),
-        standard_error,
     )
 
 
