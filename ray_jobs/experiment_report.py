@@ -39,10 +39,11 @@ def write_experiment(folder: Path, facts: Facts) -> None:
         Text(_READING),
         Heading("How much the traffic can tell"),
         Text(
-            "Detectable: the relative uplift that would have been found in four of five experiments "
-            f"with as many users. Days: until an uplift of {_percent(facts['wanted_uplift'])} would be, if "
-            "users keep coming as they came. Variance: what is left of it after what users did "
-            f"in the {facts['before_days']:g} days before was taken out."
+            "Detectable: the relative uplift that would have been found in four of five "
+            "experiments with as many users. Days: until an uplift of "
+            f"{_percent(facts['wanted_uplift'])} would be, if users keep coming as they came. "
+            "Variance: what is left of it after what users did in the "
+            f"{facts['before_days']:g} days before was taken out."
         ),
         _power(facts),
     ]
