@@ -220,8 +220,8 @@ def render(
             "",
             '"Lists as draws" is the interval that counts lists instead of users. Where there is '
             "no uplift, what finds a difference is a false positive (5 % expected); at the "
-            "detectable uplift it is the power, 80 % by definition. With 200 users, of whom a few see "
-            "most lists, a normal distribution is only nearly true.",
+            "detectable uplift it is the power, 80 % by definition. With 200 users, of whom a few "
+            "see most lists, a normal distribution is only nearly true.",
             "",
             "The sample ratio is held against p < 0.001. Of experiments with 20,000 users in which "
             f"treatment has 52 % instead of 50 %, it finds {alarms:.2%}.",
