@@ -47,11 +47,12 @@ from data_lake.tables import (
     write_part,
 )
 
-TABLES = ("events", "users", "items", "sequences", "quarantine")
+TABLES = ("events", "users", "items", "sequences", "recommendations", "quarantine")
 LOG_RETENTION = timedelta(days=30)
 """So long a table keeps the entries of its log, unless it was told otherwise."""
 
-_USER_TABLES = ("events", "users", "sequences", "quarantine")
+_USER_TABLES = ("events", "users", "sequences", "recommendations", "quarantine")
+_REPLACED_TABLES = ("sequences", "recommendations")
 _APP_ID = "maintain"
 _MAX_CONFLICTS = 5
 _TOMBSTONE_HOURS = 168
@@ -156,12 +157,13 @@ def compact(
 ) -> None:
     """Merges the small files of each bucket into files of at most `target_bytes`, in one commit.
 
-    Memory: the rows of one such file in each task. `sequences` is left alone: it has one file a
-    bucket, and a build that replaces files would not notice that they were merged meanwhile.
+    Memory: the rows of one such file in each task. `sequences` and `recommendations` are left
+    alone: they have one file a bucket, and a job that replaces files would not notice that they
+    were merged meanwhile.
 
     Raises: ConflictError when other writers win five times.
     """
-    if name == "sequences":
+    if name in _REPLACED_TABLES:
         return
     place = Place(lake_uri, name, dict(options or {}))
 

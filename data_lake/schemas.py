@@ -14,7 +14,7 @@ import pyarrow as pa
 IdType = Literal["int64", "string"]
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 PARTITION = "user_bucket"
-PARTITIONED_TABLES = ("events", "users", "sequences")
+PARTITIONED_TABLES = ("events", "users", "sequences", "recommendations")
 
 _ID_TYPES: dict[str, pa.DataType] = {"int64": pa.int64(), "string": pa.string()}
 
@@ -83,6 +83,23 @@ def sequences_schema(user_id: IdType, item_id: IdType, context: Sequence[str] = 
             pa.field("devices", pa.list_(pa.string()), nullable=False),
             pa.field(PARTITION, pa.int32(), nullable=False),
             *(pa.field(name, pa.list_(pa.string())) for name in context),
+        ]
+    )
+
+
+def recommendations_schema(user_id: IdType, item_id: IdType) -> pa.Schema:
+    """One row a user: two lists of equal length, best item first, and what made them; `source` is
+    "model" or "fallback".
+    """
+    return pa.schema(
+        [
+            pa.field("user_id", _ID_TYPES[user_id], nullable=False),
+            pa.field("item_ids", pa.list_(_ID_TYPES[item_id]), nullable=False),
+            pa.field("scores", pa.list_(pa.float32()), nullable=False),
+            pa.field("model_version", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("created_at", TIMESTAMP, nullable=False),
+            pa.field(PARTITION, pa.int32(), nullable=False),
         ]
     )
 

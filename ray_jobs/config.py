@@ -389,6 +389,68 @@ class RetrainConfig(Section):
             if step in self.skip and later not in self.skip:
                 raise ValueError(f"skip names {step!r}, on which {later!r} builds; add it")
         return self
+class ExperimentConfig(Section):
+    """Which versions are compared, and what counts as a success of a list."""
+
+    name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    """Folder of the report below `<root>/experiments`; the names of both versions by default."""
+    control: str | None = None
+    """A version of the registry; by default the champion of the last state that had a canary."""
+    treatment: str | None = None
+    """By default the canary beside it."""
+    treatment_share: float | None = Field(None, gt=0, lt=1)
+    """Of the visitors of both; by default what the registry gave it."""
+    start: AwareDatetime | None = None
+    """Lists from then on count; by default from the first one of the treatment on. A later change
+    of the shares moves visitors between the arms: begin after it."""
+    end: AwareDatetime | None = None
+    """Fixed before the first look, or the intervals say too much; now by default."""
+    window_hours: float = Field(24, gt=0)
+    """For so long after a list an event on one of its items counts for it."""
+    primary: Literal["click_through", "conversion", "bought_lists"] = "click_through"
+    """The metric that decides; the others explain."""
+    clicks: tuple[str, ...] = Field(("click", "view"), min_length=1)
+    """Types of events that are a click-through."""
+    purchases: tuple[str, ...] = Field(("purchase",), min_length=1)
+    before_days: float = Field(14, ge=0)
+    """Days before the start whose events tell how active a user was, which takes some noise out of
+    every metric; 0 leaves it in."""
+    wanted_uplift: float = Field(0.02, gt=0)
+    """Relative; the report says how many days it takes to find it."""
+
+    @model_validator(mode="after")
+    def _has_a_period(self) -> Self:
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ValueError(f"start {self.start} is not before end {self.end}")
+        return self
+
+    @model_validator(mode="after")
+    def _compares_two(self) -> Self:
+        if (self.control is None) != (self.treatment is None):
+            raise ValueError("give control and treatment, or neither of them")
+        if self.control is not None and self.control == self.treatment:
+            raise ValueError(f"{self.control} cannot be compared with itself")
+        return self
+
+
+class RecommendConfig(Section):
+    """Which lists are made for whom, and on what."""
+
+    version: str | None = None
+    """Of the registry; the champion by default."""
+    top_k: int = Field(10, ge=1, le=1000)
+    """Items of a list."""
+    users: Literal["all", "sequences"] = "all"
+    """all: whoever is in events, users or sequences; who has no sequence gets what is popular."""
+    filter_seen: bool = True
+    """Whether the items of the history are left out, as in serving."""
+    batch_size: int = Field(512, ge=1, le=512)
+    """Users that are ranked at once."""
+    num_actors: int = Field(2, ge=1)
+    """Models in memory at most; as many as there is room for work."""
+    cpus_per_actor: float = Field(1, gt=0)
+    gpus_per_actor: float = Field(0, ge=0)
+    """A part of one lets several share it."""
 
 
 class PipelineConfig(Section):
@@ -409,6 +471,8 @@ class PipelineConfig(Section):
     serve: ServeConfig = ServeConfig()
     maintain: MaintainConfig = MaintainConfig()
     retrain: RetrainConfig = RetrainConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
+    recommend: RecommendConfig = RecommendConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     monitor: MonitorConfig = MonitorConfig()
 

@@ -98,6 +98,18 @@ def serving_version(root: Path) -> str:
     return read_serving(root).champion
 
 
+def list_states(root: Path) -> list[Serving]:
+    """Everything that served, as far as it is remembered, oldest first; what serves now is the
+    last.
+
+    Raises: ArtifactError as `read_serving`.
+    """
+    now = read_serving(root)
+    content = _read(root)
+    before = [] if content is None else content["before"]
+    return [*(_parse(root, state) for state in before), now]
+
+
 def promote(
     root: Path, version: str, share: float = 1.0, *, champion: str | None = None
 ) -> Serving:

@@ -12,10 +12,10 @@ from recsys.artifact import Artifact, load_artifact
 from recsys.blocks import bucket_ages
 from recsys.fallback import Fallback
 from recsys.filters import ItemIndex
+from recsys.ladder import Ladder
 from recsys.model_config import ModelConfig
 from recsys.queries import Query, encode_queries
 from recsys.ranker import SimilarQuery
-from serve_app.ladder import Ladder
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from recsys.catalogue import PAD
 from recsys.filters import ItemId
+from recsys.ladder import Candidate, Source
 from recsys.queries import Event
-from serve_app.ladder import Candidate
 from serve_app.model import Model
-from serve_app.schemas import Reason, Source
+from serve_app.schemas import Reason
 
 _VERBS: Mapping[str | None, str] = {
     "view": "viewed",

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from recsys.catalogue import PAD
 from recsys.filters import AttributeFilter, ItemId
+from recsys.ladder import Candidate
 from recsys.queries import Event, Query, RequestContext
 from recsys.ranker import RankedList, RankerInfo, SimilarQuery
 from recsys.registry import Serving
@@ -22,7 +23,6 @@ from serve_app.event_log import Owner
 from serve_app.exposures import Exposure, ExposureLog
 from serve_app.guarded_ranker import GuardedRanker, RankerClient
 from serve_app.history_stores.store import HistoryStore
-from serve_app.ladder import Candidate
 from serve_app.metrics import Metrics
 from serve_app.model import Model
 from serve_app.reasons import explain

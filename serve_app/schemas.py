@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from recsys.ladder import Source
+
 # As in the lake, which takes nothing older.
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
 _LATEST = datetime(2200, 1, 1, tzinfo=UTC)
@@ -96,7 +98,6 @@ Price = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Items = Annotated[list[Id], Field(max_length=1000)]
 Categories = Annotated[list[Text], Field(max_length=100)]
 TopK = Annotated[int, Field(strict=True, ge=1, le=100)]
-Source = Literal["model", "covisited", "popular_in_segment", "popular"]
 
 
 class Body(BaseModel):

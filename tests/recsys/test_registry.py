@@ -8,6 +8,7 @@ from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
 from recsys.registry import (
     Serving,
+    list_states,
     list_versions,
     promote,
     read_serving,
@@ -77,6 +78,14 @@ def test_canary_needs_a_champion_that_keeps_visitors(root):
     promote(root, "20260102", 0.5)
     with pytest.raises(ArtifactError, match=r"20260102: 0.5, 20260103: 0.5 leave nothing"):
         promote(root, "20260103", 0.5)
+
+
+def test_what_served_is_remembered_in_its_order(root):
+    old, new = list_versions(root)
+    promote(root, old)
+    promote(root, new, 0.25)
+    promote(root, new)
+    assert list_states(root) == [Serving(old), Serving(old, {new: 0.25}), Serving(new)]
 
 
 def test_roll_back_goes_back_step_by_step_and_says_where_it_ends(root):

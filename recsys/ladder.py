@@ -3,14 +3,16 @@ need no ranker and respect every filter.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from recsys.catalogue import PAD
 from recsys.fallback import Fallback, Scored
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
-from serve_app.schemas import Source
+
+Source = Literal["model", "covisited", "popular_in_segment", "popular"]
+"""The model, or a rung below it."""
 
 
 class Candidate(NamedTuple):
