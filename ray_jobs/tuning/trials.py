@@ -17,10 +17,12 @@ import pyarrow as pa
 
 from ray_jobs.tuning.space import Values
 
-Ending: TypeAlias = Literal["finished", "stopped", "failed", "out-of-memory", "lost"]
-"""finished: to the end of its plan; stopped: early, by the scheduler or the budget; failed: by its
-own values, e.g. a loss that is not finite; out-of-memory: did not fit; lost: its process went away
-for a reason that says nothing of its values."""
+Ending: TypeAlias = Literal[
+    "finished", "stopped", "cut-off", "failed", "out-of-memory", "lost"
+]
+"""finished: to the end of its plan; stopped: early, by the scheduler; cut-off: by the budget; failed:
+by its own values, e.g. a loss that is not finite; out-of-memory: did not fit; lost: its process went
+away for a reason that says nothing of its values."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Trial:
     @property
     def counts(self) -> bool:
         """Whether its figure stands for its recipe."""
-        return self.ending in ("finished", "stopped") and self.best is not None
+        return self.ending in ("finished", "stopped", "cut-off") and self.best is not None
 
 
 class TrialLog:
@@ -141,6 +143,20 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """The one with the highest objective among those that count."""
     counting = [trial for trial in trials if trial.counts]
     return max(counting, key=lambda trial: trial.objective, default=None)
+
+
+def busy_seconds(trials: Sequence[Trial]) -> float:
+    """Time in which one trial at least ran; of one that did not end, until its last validation."""
+    spans = []
+    for trial in trials:
+        ran_s = trial.epochs[-1].seconds if trial.epochs else 0.0
+        end_s = trial.started_s + ran_s if math.isnan(trial.ended_s) else trial.ended_s
+        spans.append((trial.started_s, end_s))
+    busy, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy
 
 
 def trials_table(trials: Sequence[Trial]) -> pa.Table:
