@@ -335,7 +335,7 @@ class TuneConfig(Section):
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; None: as many as fit."""
     workers_per_trial: int = Field(1, ge=1)
-    """More than 1: each trial is trained by a group of Ray Train, which shares its CPUs and GPUs."""
+    """More than 1: a group of Ray Train's workers trains a trial and shares its CPUs and GPUs."""
     launcher: Literal["auto", "process", "ray-train"] = "auto"
     """process: a trial trains in its own process; auto: so, unless it has several workers."""
     grid_points: int = Field(3, ge=2)

@@ -3,9 +3,9 @@
     python -m ray_jobs.tune --config my-shop.toml --set tune.max_trials=40 --set tune.name=first
 
 The file says in `[tune.space]` what may be tried, see `ray_jobs/tuning/space.py`. The folder
-`<storage root>/tunes/<name>/` then holds `best.toml`, which `python -m ray_jobs.train --config` takes
-as it is, `trials.parquet`, `report.html`, and TensorBoard's files in `ray/`. A search that was killed
-goes on when it is started with its name again; trials that ended are not trained again.
+`<storage root>/tunes/<name>/` then holds `best.toml`, which `python -m ray_jobs.train --config`
+takes as it is, `trials.parquet`, `report.html`, and TensorBoard's files in `ray/`. A search that
+was killed goes on when it is started with its name again; trials that ended are not trained again.
 """
 
 import json
@@ -72,7 +72,7 @@ def run(config: PipelineConfig) -> Report:
     searched_s = time.perf_counter() - started
     winner = best_trial(trials)
     is_default = winner is None or winner.origin == "default"
-    verdict = None if winner is None or is_default else confirm(task, data, winner.values)
+    verdict = None if winner is None or is_default else confirm(task, data, winner)
     outcome = Outcome(folder.name, config, trials, task.max_epochs, verdict)
     write_outcome(folder, outcome)
     _publish(config, outcome)

@@ -94,9 +94,7 @@ def _values(ranks_N: np.ndarray, metric: str) -> np.ndarray:
     return values[metric]
 
 
-def _compare_values(
-    pairs_N2: np.ndarray, metric: str, seed: int, num_resamples: int
-) -> Comparison:
+def _compare_values(pairs_N2: np.ndarray, metric: str, seed: int, num_resamples: int) -> Comparison:
     our_R, their_R = resampled_means(pairs_N2, seed=seed, num_resamples=num_resamples).T
     our_mean, their_mean = pairs_N2.mean(axis=0)
     difference = _interval(our_mean - their_mean, our_R - their_R)

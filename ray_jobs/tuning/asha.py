@@ -1,8 +1,8 @@
 """Which trials are stopped early, and whether that was too early.
 
 Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934) as Ray Tune has it: at
-`grace`, `grace * reduction`, ... epochs a trial goes on when it is among the best `1 / reduction` of
-those that came so far.
+`grace`, `grace * reduction`, ... epochs a trial goes on when it is among the best `1 / reduction`
+of those that came so far.
 """
 
 from collections.abc import Sequence
@@ -68,9 +68,9 @@ def find_undecided(trials: Sequence[Trial], max_epochs: int) -> list[Undecided]:
     have passed the best trial before the end.
 
     The last improvement is that of the best NDCG@10 from the validation before the last one to the
-    last one, a line is drawn through both, and `projected` is where it stands at `max_epochs`. Curves
-    bend, so this warns of too many rather than of too few. A trial with a single validation has no
-    pace and counts with its figure alone.
+    last one; a line is drawn through both, and `projected` is where it stands at `max_epochs`.
+    Curves bend, so this warns of too many rather than of too few. A trial with a single validation
+    has no pace and is not doubted.
     """
     winner = best_trial(trials)
     if winner is None:

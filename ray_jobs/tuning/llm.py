@@ -1,12 +1,12 @@
-"""Proposals of a language model that reads the trials so far, from any endpoint that speaks OpenAI's
-chat protocol. It is off unless the environment names one:
+"""Proposals of a language model that reads the trials so far, from any endpoint that speaks
+OpenAI's chat protocol. It is off unless the environment names one:
 
     NEXTITEM_LLM_URL    e.g. http://127.0.0.1:8080/v1; `/chat/completions` is appended
     NEXTITEM_LLM_MODEL  name of the model there
     NEXTITEM_LLM_KEY    sent as a bearer token; left out where the endpoint needs none
 
-An answer is data: it is one JSON object that fits the space, or it is refused, and TPE proposes that
-trial instead. The key is read at each request and kept nowhere.
+An answer is data: it is one JSON object that fits the space, or it is refused, and TPE proposes
+that trial instead. The key is read at each request and kept nowhere.
 """
 
 import json

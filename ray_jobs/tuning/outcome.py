@@ -1,4 +1,4 @@
-"""What a search leaves behind: a configuration that trains its winner, and a report for a person."""
+"""What a search leaves behind: a configuration that trains its winner, a table and a report."""
 
 import json
 import math
@@ -228,17 +228,17 @@ def _verdict(outcome: Outcome) -> list[Block]:
         return []
     seeds = zip(verdict.winner_ndcg10, verdict.default_ndcg10, verdict.by_seed, strict=True)
     rows = [
-        (f"training {number}", f"{ours:.4f}", f"{theirs:.4f}", str(one.difference))
-        for number, (ours, theirs, one) in enumerate(seeds, start=1)
+        (f"training {number}", f"{winner:.4f}", f"{default:.4f}", str(one.difference))
+        for number, (winner, default, one) in enumerate(seeds, start=1)
     ]
-    means = [np.mean(found) for found in (verdict.winner_ndcg10, verdict.default_ndcg10)]
-    rows.append(("mean", *(f"{one:.4f}" for one in means), str(verdict.comparison.difference)))
+    ours, theirs = np.mean(verdict.winner_ndcg10), np.mean(verdict.default_ndcg10)
+    rows.append(("mean", f"{ours:.4f}", f"{theirs:.4f}", str(verdict.comparison.difference)))
     return [
         Heading("Winner and default, trained to the end"),
         Table(("NDCG@10", "winner", "default", "difference"), rows),
         Text(
-            f"On {verdict.num_users:,} validation users that no trial saw. Intervals are 95 %, of a "
-            "paired bootstrap over users: they tell of other users, not of other seeds."
+            f"On {verdict.num_users:,} validation users that no trial saw. Intervals are 95 %, of "
+            "a paired bootstrap over users: they tell of other users, not of other seeds."
         ),
     ]
 

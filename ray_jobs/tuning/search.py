@@ -1,9 +1,9 @@
 """The trials of a search on the cluster, with Ray Tune.
 
-Ray Tune starts, packs and stops trials. What is proposed comes from a `searchers.Searcher`, and what
-happened goes into a `TrialLog`, so that nothing hangs on Ray Tune's own memory: a search that is
-started again after its driver died begins a new experiment of Ray Tune, with a scheduler that has
-seen the earlier trials, and tries those that did not end first.
+Ray Tune starts, packs and stops trials. What is proposed comes from a `searchers.Searcher`, and
+what happened goes into a `TrialLog`, so that nothing hangs on Ray Tune's own memory: a search that
+is started again after its driver died begins a new experiment of Ray Tune, with a scheduler that
+has seen the earlier trials, and tries those that did not end first.
 """
 
 import logging
@@ -64,7 +64,7 @@ def search(
     *,
     first: Values | None = None,
 ) -> list[Trial]:
-    """Runs trials until `tune.max_trials` have ended, the budget is spent or nothing is left to try.
+    """Runs trials until `tune.max_trials` ended, the budget is spent or nothing is left to try.
 
     Args:
         first: values of the very first trial, before the searcher is asked.
@@ -115,15 +115,15 @@ def num_concurrent(task: SearchTask) -> int:
         fits = min(fits, int(has.get("GPU", 0) / tune.gpus_per_trial + 1e-6))
     if fits < 1:
         raise JobError(
-            f"A trial of {tune.cpus_per_trial:g} CPUs and {tune.gpus_per_trial:g} GPUs does not fit "
-            f"into the cluster's {has.get('CPU', 0):g} and {has.get('GPU', 0):g}; lower "
+            f"A trial of {tune.cpus_per_trial:g} CPUs and {tune.gpus_per_trial:g} GPUs does not "
+            f"fit into the cluster's {has.get('CPU', 0):g} and {has.get('GPU', 0):g}; lower "
             "tune.cpus_per_trial or tune.gpus_per_trial."
         )
     return fits if tune.max_concurrent is None else min(fits, tune.max_concurrent)
 
 
 class LoggedSearcher(RaySearcher):  # type: ignore[misc]
-    """A searcher as Ray Tune knows one; trials that an earlier driver left unfinished come first."""
+    """A searcher as Ray Tune knows one; trials that an earlier driver left come first."""
 
     def __init__(
         self, searcher: Searcher, trials: TrialLog, max_trials: int, first: Values | None
@@ -137,9 +137,7 @@ class LoggedSearcher(RaySearcher):  # type: ignore[misc]
         """Number and values of the next trial."""
         trials = self._trials.read()
         abandoned = [
-            trial
-            for trial in trials
-            if trial.ending is None and trial.number not in self._started
+            trial for trial in trials if trial.ending is None and trial.number not in self._started
         ]
         if abandoned:
             number = abandoned[0].number
@@ -187,9 +185,7 @@ class TrialWatch(ray.tune.Callback):  # type: ignore[misc]
         epoch = {name: result[name] for name in Epoch.__dataclass_fields__}
         self._trials.report(trial.config["number"], epoch)
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[Any], trial: Any, **info: Any
-    ) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
         if "epoch" not in last:
             return  # the budget ended before it had begun; it is tried when the search goes on

@@ -1,7 +1,7 @@
 """Who proposes the next trial, given all that was tried: TPE, random draws, a grid.
 
-A searcher keeps no state: what it proposes follows from the seed and from the trials so far, so that
-a search that goes on after its driver died proposes as if nothing had happened.
+A searcher keeps no state: what it proposes follows from the seed and from the trials so far, so
+that a search that goes on after its driver died proposes as if nothing had happened.
 """
 
 import math
@@ -137,8 +137,11 @@ def is_repeated(values: Values, trials: Sequence[Trial]) -> bool:
 
 def _is_same(ours: Values, theirs: Values) -> bool:
     return ours.keys() == theirs.keys() and all(
-        math.isclose(value, theirs[path], rel_tol=1e-9)
-        if isinstance(value, float) and isinstance(theirs[path], float)
-        else value == theirs[path]
-        for path, value in ours.items()
+        _is_near(value, theirs[path]) for path, value in ours.items()
     )
+
+
+def _is_near(ours: bool | int | float | str, theirs: bool | int | float | str) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-9)
+    return ours == theirs

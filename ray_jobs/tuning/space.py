@@ -15,8 +15,8 @@
     high = 1.0
     when = { "loss.kind" = ["gbce"] }
 
-A key is the path of a value in a recipe. What is proposed is `{path: value}`; a path whose condition
-does not hold takes no part and has no value.
+A key is the path of a value in a recipe. What is proposed is `{path: value}`; a path whose
+condition does not hold takes no part and has no value.
 """
 
 import math
@@ -260,7 +260,9 @@ class Space:
             yield from self._combine(others, points, {**values, path: value})
 
 
-def as_overrides(values: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def as_overrides(
+    values: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`{"model.dim": 64}` as `{"model": {"dim": 64}}`, on top of other overrides."""
     overrides = _copied(base or {})
     for path, value in values.items():

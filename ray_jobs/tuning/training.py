@@ -65,9 +65,7 @@ class SearchTask:
         config = self.config.model_copy(
             update={"seed": seed, "train": train.model_copy(update={"trainer": trainer})}
         )
-        return WorkerPlan(
-            config, recipe, self.vocabulary, held_out=self.config.tune.held_out_share
-        )
+        return WorkerPlan(config, recipe, self.vocabulary, held_out=self.config.tune.held_out_share)
 
 
 def max_epochs_of(config: PipelineConfig) -> int:

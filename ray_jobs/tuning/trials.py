@@ -1,8 +1,8 @@
 """What a search has tried: a file with one line an event, which outlives the driver.
 
 The file is the memory of the search. Every line is written at once and is whole or, after a kill,
-cut off at the end, where it is passed over. Whoever proposes the next trial reads all of it, so that
-a search that goes on knows what it knew.
+cut off at the end, where it is passed over. Whoever proposes the next trial reads all of it, so
+that a search that goes on knows what it knew.
 """
 
 import json
@@ -17,12 +17,10 @@ import pyarrow as pa
 
 from ray_jobs.tuning.space import Values
 
-Ending: TypeAlias = Literal[
-    "finished", "stopped", "cut-off", "failed", "out-of-memory", "lost"
-]
-"""finished: to the end of its plan; stopped: early, by the scheduler; cut-off: by the budget; failed:
-by its own values, e.g. a loss that is not finite; out-of-memory: did not fit; lost: its process went
-away for a reason that says nothing of its values."""
+Ending: TypeAlias = Literal["finished", "stopped", "cut-off", "failed", "out-of-memory", "lost"]
+"""finished: to the end of its plan; stopped: early, by the scheduler; cut-off: by the budget;
+failed: by its own values, e.g. a loss that is not finite; out-of-memory: did not fit; lost: its
+process went away for a reason that says nothing of its values."""
 
 
 @dataclass(frozen=True)

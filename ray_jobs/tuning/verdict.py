@@ -1,8 +1,8 @@
 """Whether the winner of a search is better than the recipe that it began with.
 
 Both are trained to the end with several seeds, without scheduler, and rank validation users that
-were held out of the search: the best of many trials flatters itself on the users that chose it. What
-a training ranked is kept, so that a verdict that was interrupted goes on.
+were held out of the search: the best of many trials flatters itself on the users that chose it.
+What a training ranked is kept, so that a verdict that was interrupted goes on.
 """
 
 import logging
@@ -20,6 +20,7 @@ import torch
 from ray_jobs.tuning.search import Data, num_concurrent
 from ray_jobs.tuning.space import Values
 from ray_jobs.tuning.training import SearchTask, resources_of, train_here, train_with_ray
+from ray_jobs.tuning.trials import Trial
 from recsys.comparison import Comparison, compare, compare_seeds
 from recsys.evaluation import rank_targets
 from recsys.metrics import ndcg
@@ -31,7 +32,7 @@ from recsys.trainer import choose_dtype
 
 log = logging.getLogger(__name__)
 
-WINNER, DEFAULT = "winner", "default"
+_DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,17 @@ def judge(winner_ranks_SN: np.ndarray, default_ranks_SN: np.ndarray, *, seed: in
     )
 
 
-def confirm(task: SearchTask, data: Data, winner: Values) -> Verdict:
+def confirm(task: SearchTask, data: Data, winner: Trial) -> Verdict:
     """Trains winner and default with each seed and judges them. Raises: TrainingError."""
+    name = f"trial-{winner.number}"
     first = task.config.seed
     # Not the seed of the search, by which the winner was chosen.
     seeds = [first + 1 + number for number in range(task.config.tune.confirm_seeds)]
-    wanted = {
-        (name, seed): values
-        for seed in seeds
-        for name, values in ((WINNER, winner), (DEFAULT, Values()))
-    }
+    recipes: dict[str, Values] = {name: winner.values, _DEFAULT: {}}
+    wanted = {(who, seed): values for seed in seeds for who, values in recipes.items()}
     ranks = _rank_all(task, data, wanted)
     ours_SN, theirs_SN = (
-        np.stack([ranks[name, seed] for seed in seeds]) for name in (WINNER, DEFAULT)
+        np.stack([ranks[who, seed] for seed in seeds]) for who in (name, _DEFAULT)
     )
     return judge(ours_SN, theirs_SN, seed=first)
 
@@ -120,9 +119,9 @@ def _train_all(task: SearchTask, data: Data, wanted: Mapping[tuple[str, int], Va
             yield (name, seed), _train_group(task, data, values, seed, name)
         return
     resources = resources_of(task.config)
-    train = ray.remote(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=3
-    )(train_and_rank)
+    train = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=3)(
+        train_and_rank
+    )
     store = ray.put(data.store)
     waiting = list(wanted.items())
     running: dict[Any, tuple[str, int]] = {}
@@ -134,9 +133,7 @@ def _train_all(task: SearchTask, data: Data, wanted: Mapping[tuple[str, int], Va
         yield running.pop(done), ray.get(done)
 
 
-def train_and_rank(
-    task: SearchTask, store: TokenStore, values: Values, seed: int
-) -> np.ndarray:
+def train_and_rank(task: SearchTask, store: TokenStore, values: Values, seed: int) -> np.ndarray:
     """Trains in this process to the end; ranks of the users held out, int64 `[N]`."""
     torch.set_num_threads(max(1, int(task.config.tune.cpus_per_trial)))
     store = TokenStore.concatenate([store])  # writable, see `search.run_trial_here`
@@ -171,9 +168,7 @@ def rank_held_out(
     ).ranks_N
 
 
-def _train_group(
-    task: SearchTask, data: Data, values: Values, seed: int, name: str
-) -> np.ndarray:
+def _train_group(task: SearchTask, data: Data, values: Values, seed: int, name: str) -> np.ndarray:
     plan, run = task.plan(values, seed), f"{name}-{seed}-{time.time_ns()}"
     weights = train_with_ray(plan, data.tokens, task.folder / "ray" / "train", run, [])
     return rank_held_out(task, data.store, values, weights)
