@@ -85,8 +85,6 @@ def search(
                 grace_epochs=tune.grace_epochs,
                 reduction=tune.reduction,
             ),
-            metric=OBJECTIVE,
-            mode="max",
             num_samples=num_left,
             max_concurrent_trials=num_concurrent(task),
             time_budget_s=seconds_left,
