@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -30,6 +29,8 @@ SPACE = {
         "when": {"loss.kind": ["sampled-softmax"]},
     },
 }
+
+DIMS = {"kind": "choice", "values": [8, 16]}
 
 
 def make_config(root, *, max_epochs=3, train=(), **tune):
@@ -146,11 +147,9 @@ def test_a_search_goes_on_with_what_it_began_with_alone(tmp_path):
 def test_a_search_leaves_a_configuration_that_trains_its_winner(root):
     # At a rate of 1e30 the loss is not finite: that trial fails, and the others go on.
     rates = {"kind": "choice", "values": [2e-3, 1e30]}
-    config = make_config(
-        root, space={"optimiser.learning_rate": rates, "model.dim": DIMS}, searcher="grid"
-    )
-    report = tune.run(config.model_copy(update={"tune": config.tune.model_copy(update={
-        "max_trials": 4, "cpus_per_trial": 0.5})}))
+    space = {"optimiser.learning_rate": rates, "model.dim": DIMS}
+    config = make_config(root, space=space, searcher="grid", max_trials=4, cpus_per_trial=0.5)
+    report = tune.run(config)
     folder = root / "tunes" / "first"
     trials = TrialLog(folder / "trials.jsonl").read()
     assert [trial.ending for trial in trials].count("failed") == 2
@@ -172,4 +171,57 @@ def test_a_search_leaves_a_configuration_that_trains_its_winner(root):
     assert train.preview(best) == {}
 
 
-DIMS = {"kind": "choice", "values": [8, 16]}
+SEARCH = """
+import sys
+import ray
+from ray_jobs import tune
+from tests.ray_jobs.test_tune import make_config
+
+ray.init(num_cpus=2, include_dashboard=True, object_store_memory=256 * 2**20)
+print(tune.run(make_config(sys.argv[1], max_epochs=3, max_trials=6, searcher="random")).json_line())
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
+    log = TrialLog(root / "tunes" / "first" / "trials.jsonl")
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SEARCH, str(root)]
+    killed = subprocess.Popen(command, cwd=ROOT, env=environment)
+    give_up_at = time.monotonic() + 60
+    while sum(trial.ending is not None for trial in log.read()) < 2:
+        assert killed.poll() is None, "the search ended before it could be killed"
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = log.read()
+    assert len(before) < 6
+
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    after = log.read()
+    assert [trial.number for trial in after] == list(range(6))
+    # What had ended stands as it was; what had not was tried again with the same values.
+    for earlier, later in zip(before, after, strict=False):
+        assert later.values == earlier.values
+        assert later.ending is not None
+        if earlier.ending is not None:
+            assert later == earlier
+    assert json.loads(done.stdout.splitlines()[-1])["trials"] == 6
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_may_be_trained_by_groups_of_workers(root):
+    config = make_config(root, workers_per_trial=2, cpus_per_trial=2, max_trials=2, max_epochs=2)
+    report = tune.run(config)
+    trials = TrialLog(root / "tunes" / "first" / "trials.jsonl").read()
+    assert [trial.ending for trial in trials] == ["finished", "finished"]
+    assert [epoch.epoch for epoch in trials[0].epochs] == [1, 2]
+    assert all(trial.best.error > 0 for trial in trials)
+    assert report.figures["best_trial"] in (0, 1)

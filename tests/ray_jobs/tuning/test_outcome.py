@@ -87,7 +87,7 @@ def test_epochs_of_the_search_are_those_of_the_training():
 @pytest.mark.parametrize(
     "raw",
     [
-        {"a": 1, "b": True, "c": 1e-05, "d": -0.5, "e": "x\ny\\ \"q\" \x7f ü €"},
+        {"a": 1, "b": True, "c": 1e-05, "d": -0.5, "e": 'x\ny\\ "q" \x7f ü €'},
         {"t": {"list": [1, 2], "nested": {"x": {"y": ["a", {"z": False}]}}, "empty": {}}},
         {"needs quotes": {"a.b": 1, "": 2}},
     ],
@@ -110,7 +110,9 @@ def test_importance_is_the_share_between_groups_adjusted_for_their_number():
 def test_what_decides_is_important_and_what_was_hardly_tried_is_left_out():
     rng = np.random.default_rng(0)
     trials = [
-        trial(n, 0.1 + 0.1 * (rate > 1e-3), values=values(rate, "gbce" if n < 3 else "full-softmax"))
+        trial(
+            n, 0.1 + 0.1 * (rate > 1e-3), values=values(rate, "gbce" if n < 3 else "full-softmax")
+        )
         for n, rate in enumerate(10 ** rng.uniform(-4, -2, 30))
     ]
     found = importances(trials, SPACE)
@@ -124,7 +126,9 @@ def test_what_decides_is_important_and_what_was_hardly_tried_is_left_out():
 
 def test_the_headline_says_whether_it_wins():
     better, worse = judge(OURS_SN, THEIRS_SN, seed=0), judge(THEIRS_SN, OURS_SN, seed=0)
-    assert make_outcome(TRIALS, better).headline().startswith("trial 3 beats the default, NDCG@10 +")
+    assert (
+        make_outcome(TRIALS, better).headline().startswith("trial 3 beats the default, NDCG@10 +")
+    )
     assert "does not beat the default beyond noise" in make_outcome(TRIALS, worse).headline()
     assert make_outcome(TRIALS).headline() == "no trial was better than the default, of 5"
     assert make_outcome(TRIALS[2:3]).headline() == "none of 1 trials came to a validation"
@@ -162,7 +166,10 @@ def test_a_verdict_is_on_the_mean_over_seeds():
     assert verdict.winner_ndcg10 == pytest.approx((first, second))
     assert verdict.num_users == 80
     assert [one.difference.mean for one in verdict.by_seed] == pytest.approx(
-        [ours - theirs for ours, theirs in zip(verdict.winner_ndcg10, verdict.default_ndcg10, strict=True)]
+        [
+            ours - theirs
+            for ours, theirs in zip(verdict.winner_ndcg10, verdict.default_ndcg10, strict=True)
+        ]
     )
     assert verdict.wins
     assert not judge(OURS_SN, OURS_SN, seed=0).wins
