@@ -359,7 +359,13 @@ def draw_parallel(
         axes.axvline(column, color=_GRID, linewidth=0.8, zorder=0)
         for height, label in marks:
             axes.annotate(
-                label, (column, height), fontsize=_SIZE - 2, color=_FAINT, parse_math=False
+                label,
+                (column, height),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=_SIZE - 2,
+                color=_INK,
+                parse_math=False,
             )
     names = [path.replace(".", ".\n") for path in paths]
     axes.set_xticks(range(len(scales)), [*names, "NDCG@10"], parse_math=False)

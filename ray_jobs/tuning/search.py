@@ -39,7 +39,7 @@ from ray_jobs.tuning.training import (
     train_with_ray,
 )
 from ray_jobs.tuning.trials import Ending, Epoch, Trial, TrialLog, busy_seconds
-from recsys.errors import OutOfMemoryError
+from recsys.errors import OutOfMemoryError, RecsysError
 from recsys.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,8 @@ def classify(error: BaseException) -> tuple[Ending, str]:
             return "out-of-memory", _first_line(one)
     if any(isinstance(one, RayActorError) for one in chain):
         return "lost", _first_line(chain[-1])
-    return "failed", _first_line(chain[-1])
+    ours = [one for one in chain if isinstance(one, RecsysError)]
+    return "failed", _first_line((ours or chain)[-1])
 
 
 def _causes(error: BaseException | None) -> Any:
