@@ -47,53 +47,14 @@ RESULTS = Path(__file__).parent / "results"
 NUM_CPUS = 2
 AT_ONCE = 8
 RATES = np.geomspace(5e-4, 4e-3, 64).tolist()
-SPACE = """
-[tune.space."optimiser.learning_rate"]
-kind = "log-uniform"
-low = 5e-4
-high = 8e-3
-
-[tune.space."model.dropout"]
-kind = "uniform"
-low = 0.0
-high = 0.4
-
-[tune.space."objective.mask_prob"]
-kind = "uniform"
-low = 0.1
-high = 0.6
-
-[tune.space."objective.last_prob"]
-kind = "uniform"
-low = 0.05
-high = 0.8
-
-[tune.space."model.time_bias"]
-kind = "choice"
-values = [false, true]
-
-[tune.space."loss.kind"]
-kind = "choice"
-values = ["full-softmax", "sampled-softmax"]
-
-[tune.space."loss.negatives.num"]
-kind = "integer"
-low = 64
-high = 512
-when = { "loss.kind" = ["sampled-softmax"] }
-"""
-"""Around what ships for the synthetic shop."""
 
 
 def measure_gain(trials: int, epochs: int, users: int) -> dict[str, Any]:
     """The search as a user starts it; budget and verdict."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NEXTITEM_HOME"] = folder
-        shipped = Path(tune.__file__).parent / "configs" / "synthetic.toml"
-        path = Path(folder) / "tuned.toml"
-        path.write_text(shipped.read_text() + SPACE)
         config = load_config(
-            str(path),
+            "synthetic",
             [
                 f"generate.num_users={users}",
                 "tune.name=benchmark",

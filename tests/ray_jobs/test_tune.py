@@ -105,7 +105,7 @@ def test_a_dry_run_tells_the_space(tmp_path):
 
 def test_a_path_that_no_recipe_has_is_refused_when_the_file_is_read(tmp_path):
     text = (ROOT / "ray_jobs/configs/synthetic.toml").read_text()
-    space = '[tune.space."optimiser.rate"]\nkind = "uniform"\nlow = 0\nhigh = 1\n'
+    space = '\n[tune.space."optimiser.rate"]\nkind = "uniform"\nlow = 0\nhigh = 1\n'
     (tmp_path / "shop.toml").write_text(text + space)
     message = r"tune.space: Value error, there is no 'optimiser.rate' in a recipe; optimiser has: "
     with pytest.raises(ConfigError, match=message):
@@ -178,7 +178,10 @@ from ray_jobs import tune
 from tests.ray_jobs.test_tune import make_config
 
 ray.init(num_cpus=2, include_dashboard=True, object_store_memory=256 * 2**20)
-print(tune.run(make_config(sys.argv[1], max_epochs=3, max_trials=6, searcher="random")).json_line())
+config = make_config(
+    sys.argv[1], max_epochs=8, max_trials=6, grace_epochs=8, searcher="random", confirm_seeds=1
+)
+print(tune.run(config).json_line())
 """
 
 
@@ -188,7 +191,8 @@ def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
     log = TrialLog(root / "tunes" / "first" / "trials.jsonl")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SEARCH, str(root)]
-    killed = subprocess.Popen(command, cwd=ROOT, env=environment)
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = subprocess.Popen(command, cwd=ROOT, env=environment, **nowhere)
     give_up_at = time.monotonic() + 60
     while sum(trial.ending is not None for trial in log.read()) < 2:
         assert killed.poll() is None, "the search ended before it could be killed"
