@@ -38,7 +38,7 @@ from ray_jobs.tuning.training import (
     train_here,
     train_with_ray,
 )
-from ray_jobs.tuning.trials import Ending, Epoch, Trial, TrialLog, busy_seconds
+from ray_jobs.tuning.trials import Ending, Epoch, Trial, TrialLog, best_trial, busy_seconds
 from recsys.errors import OutOfMemoryError, RecsysError
 from recsys.tokens import TokenStore
 
@@ -192,12 +192,28 @@ class TrialWatch(ray.tune.Callback):  # type: ignore[misc]
             ending = "finished"
         elif last.get("done"):
             ending = "stopped"
-        self._trials.end(trial.config["number"], ending, self._clock())
+        self._end(trial.config["number"], ending)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ending, reason = classify(_error_of(trial))
-        log.warning("Trial %d: %s: %s", trial.config["number"], ending, reason)
-        self._trials.end(trial.config["number"], ending, self._clock(), reason)
+        self._end(trial.config["number"], ending, reason)
+
+    def _end(self, number: int, ending: Ending, reason: str = "") -> None:
+        self._trials.end(number, ending, self._clock(), reason)
+        print(describe_end(number, self._trials.read()), flush=True)
+
+
+def describe_end(number: int, trials: Sequence[Trial]) -> str:
+    """How a trial ended and how the search stands, as one line."""
+    trial, best = trials[number], best_trial(trials)
+    words = [f"trial {number} {trial.ending}"]
+    if trial.reason:
+        words.append(trial.reason)
+    if trial.best is not None:
+        words.append(f"NDCG@10 {trial.best.ndcg10:.4f} +- {trial.best.error:.4f}")
+    if best is not None:
+        words.append(f"best {best.objective:.4f} (trial {best.number})")
+    return "  ".join(words)
 
 
 def classify(error: BaseException) -> tuple[Ending, str]:

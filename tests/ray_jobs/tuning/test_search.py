@@ -8,10 +8,11 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.tune.search import Searcher as RaySearcher
 
-from ray_jobs.tuning.search import LoggedSearcher, TrialWatch, classify
+from ray_jobs.tuning.search import LoggedSearcher, TrialWatch, classify, describe_end
 from ray_jobs.tuning.searchers import GridSearch, RandomSearch
 from ray_jobs.tuning.trials import TrialLog
 from recsys.errors import OutOfMemoryError, TrainingError
+from tests.ray_jobs.tuning.made_up import trial
 from tests.ray_jobs.tuning.test_searchers import SPACE
 
 RESULT = {
@@ -66,13 +67,13 @@ def test_a_grid_that_is_through_ends_the_search(log):
 def ended(log, last, **changes):
     log.start(0, {}, "tpe", 1.0)
     watch = TrialWatch(log, clock=lambda: 9.0)
-    trial = SimpleNamespace(config={"number": 0}, last_result=last, **changes)
+    known = SimpleNamespace(config={"number": 0}, last_result=last, **changes)
     if last:
-        watch.on_trial_result(0, [], trial, last)
+        watch.on_trial_result(0, [], known, last)
     if changes:
-        watch.on_trial_error(0, [], trial)
+        watch.on_trial_error(0, [], known)
     else:
-        watch.on_trial_complete(0, [], trial)
+        watch.on_trial_complete(0, [], known)
     return log.read()[0]
 
 
@@ -123,3 +124,11 @@ def test_what_lies_behind_an_error_counts():
     outer = RuntimeError("training failed")
     outer.__cause__ = inner
     assert classify(outer) == ("out-of-memory", "It did not fit.")
+
+
+def test_progress_is_a_line_a_trial():
+    trials = [trial(0, 0.1, 0.2), trial(1, ending="failed", reason="loss is nan")]
+    assert describe_end(0, trials) == (
+        "trial 0 finished  NDCG@10 0.2000 +- 0.0100  best 0.2000 (trial 0)"
+    )
+    assert describe_end(1, trials) == "trial 1 failed  loss is nan  best 0.2000 (trial 0)"
