@@ -148,7 +148,9 @@ def test_a_search_leaves_a_configuration_that_trains_its_winner(root):
     # At a rate of 1e30 the loss is not finite: that trial fails, and the others go on.
     rates = {"kind": "choice", "values": [2e-3, 1e30]}
     space = {"optimiser.learning_rate": rates, "model.dim": DIMS}
-    config = make_config(root, space=space, searcher="grid", max_trials=4, cpus_per_trial=0.5)
+    config = make_config(
+        root, max_epochs=2, space=space, searcher="grid", max_trials=4, confirm_seeds=1
+    )
     report = tune.run(config)
     folder = root / "tunes" / "first"
     trials = TrialLog(folder / "trials.jsonl").read()
@@ -222,10 +224,20 @@ def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_may_be_trained_by_groups_of_workers(root):
-    config = make_config(root, workers_per_trial=2, cpus_per_trial=2, max_trials=2, max_epochs=2)
+    config = make_config(
+        root,
+        max_epochs=2,
+        workers_per_trial=2,
+        cpus_per_trial=2,
+        max_trials=1,
+        confirm_seeds=1,
+        searcher="random",
+        space={"optimiser.learning_rate": {"kind": "uniform", "low": 3e-3, "high": 4e-3}},
+    )
     report = tune.run(config)
     trials = TrialLog(root / "tunes" / "first" / "trials.jsonl").read()
-    assert [trial.ending for trial in trials] == ["finished", "finished"]
+    assert [trial.ending for trial in trials] == ["finished"]
     assert [epoch.epoch for epoch in trials[0].epochs] == [1, 2]
-    assert all(trial.best.error > 0 for trial in trials)
-    assert report.figures["best_trial"] in (0, 1)
+    assert trials[0].best.error > 0
+    # The space leaves the default out, so that the winner was trained again beside it.
+    assert "gain_ndcg10" in report.figures
