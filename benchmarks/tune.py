@@ -7,7 +7,8 @@ gain: the synthetic shop; the winner of the search against the shipped recipe, o
 that no trial saw, each trained to the end with three seeds. overhead: the same trainings one
 after the other in a plain loop, as trials that train in their own process, and as trials of a Ray
 Train group of one worker. packing: eight trials at once on two CPUs, and how long the head takes
-to answer meanwhile. Writes `benchmarks/results/tune.md`; the last line printed is one JSON object.
+to answer meanwhile. With --write `benchmarks/results/tune.md` is written; the last line printed is
+one JSON object.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def measure_packing(epochs: int, users: int) -> dict[str, Any]:
         write_sequences(Path(folder), Size(users, 1_000, 25))
         found["idle_ms"] = _summary(_idle_latencies())
         for at_once in (NUM_CPUS, AT_ONCE):
-            config = make_config(folder, AT_ONCE, epochs, cpus_per_trial=NUM_CPUS / at_once)
+            config = make_config(folder, AT_ONCE, epochs, at_once=at_once)
             task, data = open_data(config)
             latencies: list[float] = []
             with _watching(latencies):
@@ -124,11 +125,10 @@ def measure_packing(epochs: int, users: int) -> dict[str, Any]:
 
 
 def make_config(
-    root: str, trials: int, epochs: int, *, launcher: str = "process", cpus_per_trial: float = 1
+    root: str, trials: int, epochs: int, *, launcher: str = "process", at_once: int = 1
 ) -> PipelineConfig:
     """`trials` learning rates of a small recipe, none of them stopped early."""
     rates = {"kind": "choice", "values": RATES[:trials]}
-    at_once = 1 if cpus_per_trial == 1 and trials != AT_ONCE else round(NUM_CPUS / cpus_per_trial)
     return PipelineConfig.model_validate(
         {
             "name": "benchmark",
@@ -146,7 +146,7 @@ def make_config(
                 "searcher": "grid",
                 "max_trials": trials,
                 "grace_epochs": epochs,
-                "cpus_per_trial": cpus_per_trial,
+                "cpus_per_trial": min(1, NUM_CPUS / at_once),
                 "max_concurrent": at_once,
                 "launcher": launcher,
             },
