@@ -88,8 +88,9 @@ def search(
             num_samples=num_left,
             max_concurrent_trials=num_concurrent(task),
             time_budget_s=seconds_left,
-            # A new process for each trial would import torch each time.
-            reuse_actors=True,
+            # A new process for each trial would import torch each time; one that waits for a group
+            # cannot be interrupted, and goes with its group.
+            reuse_actors=tune.trains_in_trial,
             trial_dirname_creator=_folder_name,
         ),
         run_config=ray.tune.RunConfig(

@@ -53,28 +53,21 @@ class _Parameter(BaseModel):
 
 
 class _Range(_Parameter):
+    low: float
+    high: float
+
     @model_validator(mode="after")
     def _goes_up(self) -> Self:
-        low, high = self.bounds
-        if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
-            raise ValueError(f"low {low} is not below high {high}; exchange them")
+        is_finite = math.isfinite(self.low) and math.isfinite(self.high)
+        if not is_finite or self.low >= self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}; give other ends")
         return self
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        raise NotImplementedError
 
 
 class Uniform(_Range):
     """Any number between two."""
 
     kind: Literal["uniform"]
-    low: float
-    high: float
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.low, self.high
 
     def draw(self, rng: np.random.Generator) -> float:
         return float(rng.uniform(self.low, self.high))
@@ -93,11 +86,6 @@ class LogUniform(_Range):
 
     kind: Literal["log-uniform"]
     low: float = Field(gt=0)
-    high: float
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.low, self.high
 
     def draw(self, rng: np.random.Generator) -> float:
         drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
@@ -118,10 +106,6 @@ class Integer(_Range):
     kind: Literal["integer"]
     low: StrictInt
     high: StrictInt
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.low, self.high
 
     def draw(self, rng: np.random.Generator) -> int:
         return int(rng.integers(self.low, self.high, endpoint=True))

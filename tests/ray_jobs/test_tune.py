@@ -12,11 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.training_ray import Size, write_sequences
+from benchmarks.tune import open_data
 from ray_jobs import train, tune
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import load_config
+from ray_jobs.tuning.search import search
+from ray_jobs.tuning.searchers import GridSearch
 from ray_jobs.tuning.trials import TrialLog
+from ray_jobs.tuning.verdict import _train_group
 
 ROOT = Path(__file__).parents[2]
 SPACE = {
@@ -223,21 +227,25 @@ def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_may_be_trained_by_groups_of_workers(root):
+def test_a_group_that_is_stopped_early_makes_room_for_the_next(root):
+    rates = {"kind": "choice", "values": [4e-3, 1e-7, 3e-3]}
     config = make_config(
         root,
-        max_epochs=2,
+        space={"optimiser.learning_rate": rates},
+        max_epochs=3,
+        grace_epochs=2,
+        reduction=2,
+        max_concurrent=1,
         workers_per_trial=2,
         cpus_per_trial=2,
-        max_trials=1,
         confirm_seeds=1,
-        searcher="random",
-        space={"optimiser.learning_rate": {"kind": "uniform", "low": 3e-3, "high": 4e-3}},
     )
-    report = tune.run(config)
-    trials = TrialLog(root / "tunes" / "first" / "trials.jsonl").read()
-    assert [trial.ending for trial in trials] == ["finished"]
-    assert [epoch.epoch for epoch in trials[0].epochs] == [1, 2]
-    assert trials[0].best.error > 0
-    # The space leaves the default out, so that the winner was trained again beside it.
-    assert "gain_ndcg10" in report.figures
+    task, data = open_data(config)
+    log = TrialLog(task.folder / "trials.jsonl")
+    trials = search(task, data, GridSearch(tune.read_space(config), 2), log)
+    assert [trial.ending for trial in trials][:2] == ["finished", "stopped"]
+    assert trials[2].ending in ("finished", "stopped")
+    assert [epoch.epoch for epoch in trials[1].epochs] == [1, 2]
+    assert all(trial.best.error > 0 for trial in trials)
+    ranks_N = _train_group(task, data, trials[0].values, seed=1, name="winner")
+    assert len(ranks_N) == 150
