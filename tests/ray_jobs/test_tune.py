@@ -20,7 +20,6 @@ from ray_jobs.job import load_config
 from ray_jobs.tuning.search import search
 from ray_jobs.tuning.searchers import GridSearch
 from ray_jobs.tuning.trials import TrialLog
-from ray_jobs.tuning.verdict import _train_group
 
 ROOT = Path(__file__).parents[2]
 SPACE = {
@@ -247,5 +246,3 @@ def test_a_group_that_is_stopped_early_makes_room_for_the_next(root):
     assert trials[2].ending in ("finished", "stopped")
     assert [epoch.epoch for epoch in trials[1].epochs] == [1, 2]
     assert all(trial.best.error > 0 for trial in trials)
-    ranks_N = _train_group(task, data, trials[0].values, seed=1, name="winner")
-    assert len(ranks_N) == 150
