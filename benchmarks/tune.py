@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def measure_overhead(trials: int, epochs: int, users: int) -> dict[str, Any]:
         seconds = {"loop": _time(lambda: train_in_a_loop(task, data.store))}
         for launcher in ("process", "ray-train"):
             task, data = open_data(make_config(folder, trials, epochs, launcher=launcher))
-            seconds[launcher] = _time(lambda task=task, data=data: run_trials(task, data))
+            seconds[launcher] = _time(partial(run_trials, task, data))
     return {
         "users": users,
         "trials": trials,
@@ -116,7 +117,7 @@ def measure_packing(epochs: int, users: int) -> dict[str, Any]:
             task, data = open_data(config)
             latencies: list[float] = []
             with _watching(latencies):
-                seconds = _time(lambda task=task, data=data: run_trials(task, data))
+                seconds = _time(partial(run_trials, task, data))
             found[f"{at_once}_at_once"] = {
                 "seconds": round(seconds, 1),
                 "head_ms": _summary(latencies),
@@ -228,7 +229,7 @@ def render(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["gain", "overhead", "packing"])
+    parser.add_argument("--parts", nargs="+", default=["overhead", "packing", "gain"])
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--users", type=int, default=20_000)
@@ -237,13 +238,15 @@ def main() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(num_cpus=NUM_CPUS, log_to_driver=False, logging_level="ERROR")
     trials, epochs, users = arguments.trials, arguments.epochs, arguments.users
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "overhead": lambda: measure_overhead(min(trials, 6), min(epochs, 8), users),
+        "packing": lambda: measure_packing(min(epochs, 3), users),
+        "gain": lambda: measure_gain(trials, epochs, users),
+    }
     found: dict[str, Any] = {"machine": machine()}
-    if "overhead" in arguments.parts:
-        found["overhead"] = measure_overhead(min(trials, 6), min(epochs, 8), users)
-    if "packing" in arguments.parts:
-        found["packing"] = measure_packing(min(epochs, 3), users)
-    if "gain" in arguments.parts:
-        found["gain"] = measure_gain(trials, epochs, users)
+    for name in arguments.parts:
+        found[name] = parts[name]()
+        print(name, json.dumps(found[name]), flush=True)
     ray.shutdown()
     if arguments.write:
         (RESULTS / "tune.md").write_text(render(found))
