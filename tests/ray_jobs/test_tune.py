@@ -184,7 +184,7 @@ from tests.ray_jobs.test_tune import make_config
 
 ray.init(num_cpus=2, include_dashboard=True, object_store_memory=256 * 2**20)
 config = make_config(
-    sys.argv[1], max_epochs=8, max_trials=6, grace_epochs=8, searcher="random", confirm_seeds=1
+    sys.argv[1], max_epochs=6, max_trials=4, grace_epochs=6, searcher="random", confirm_seeds=1
 )
 print(tune.run(config).json_line())
 """
@@ -199,28 +199,28 @@ def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed = subprocess.Popen(command, cwd=ROOT, env=environment, **nowhere)
     give_up_at = time.monotonic() + 60
-    while sum(trial.ending is not None for trial in log.read()) < 2:
+    while all(trial.ending is None for trial in log.read()):
         assert killed.poll() is None, "the search ended before it could be killed"
         assert time.monotonic() < give_up_at
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     before = log.read()
-    assert len(before) < 6
+    assert sum(trial.ending is not None for trial in before) < 4
 
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     after = log.read()
-    assert [trial.number for trial in after] == list(range(6))
+    assert [trial.number for trial in after] == list(range(4))
     # What had ended stands as it was; what had not was tried again with the same values.
     for earlier, later in zip(before, after, strict=False):
         assert later.values == earlier.values
         assert later.ending is not None
         if earlier.ending is not None:
             assert later == earlier
-    assert json.loads(done.stdout.splitlines()[-1])["trials"] == 6
+    assert json.loads(done.stdout.splitlines()[-1])["trials"] == 4
 
 
 @pytest.mark.ray
