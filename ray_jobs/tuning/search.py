@@ -134,31 +134,26 @@ class LoggedSearcher(RaySearcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Number and values of the next trial."""
-        trials = self._trials.read()
-        abandoned = [
-            trial for trial in trials if trial.ending is None and trial.number not in self._started
-        ]
-        if abandoned:
-            number = abandoned[0].number
-            proposal = Proposal(abandoned[0].values, abandoned[0].origin, abandoned[0].notes)
-        elif len(trials) < self._max_trials:
-            number = len(trials)
-            found = self._propose(trials)
-            if found is None:
-                return str(RaySearcher.FINISHED)
-            proposal = found
-        else:
+        found = self._next(self._trials.read())
+        if found is None:
             return str(RaySearcher.FINISHED)
+        number, proposal = found
         self._started.add(number)
         self._trials.start(
             number, proposal.values, proposal.origin, time.time(), notes=proposal.notes
         )
         return {"number": number, "values": proposal.values}
 
-    def _propose(self, trials: Sequence[Trial]) -> Proposal | None:
+    def _next(self, trials: Sequence[Trial]) -> tuple[int, Proposal] | None:
+        for trial in trials:
+            if trial.ending is None and trial.number not in self._started:
+                return trial.number, Proposal(trial.values, trial.origin, trial.notes)
+        if len(trials) >= self._max_trials:
+            return None
         if not trials and self._first is not None:
-            return Proposal(self._first, "default")
-        return self._searcher.propose(trials)
+            return 0, Proposal(self._first, "default")
+        proposal = self._searcher.propose(trials)
+        return None if proposal is None else (len(trials), proposal)
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -183,17 +178,16 @@ class TrialWatch(ray.tune.Callback):  # type: ignore[misc]
     ) -> None:
         epoch = {name: result[name] for name in Epoch.__dataclass_fields__}
         self._trials.report(trial.config["number"], epoch)
+        if result["is_last"]:
+            # Not when its process is done with: a driver may die in between.
+            self._end(trial.config["number"], "finished")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
         if "epoch" not in last:
             return  # the budget ended before it had begun; it is tried when the search goes on
-        ending: Ending = "cut-off"
-        if last["is_last"]:
-            ending = "finished"
-        elif last.get("done"):
-            ending = "stopped"
-        self._end(trial.config["number"], ending)
+        if not last["is_last"]:
+            self._end(trial.config["number"], "stopped" if last.get("done") else "cut-off")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ending, reason = classify(_error_of(trial))

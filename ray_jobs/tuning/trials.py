@@ -133,6 +133,8 @@ def _apply(trial: Trial | None, event: Mapping[str, Any]) -> Trial:
     if event["event"] == "epoch":
         epoch = Epoch(**{name: event[name] for name in Epoch.__dataclass_fields__})
         return replace(trial, epochs=(*trial.epochs, epoch))
+    if trial.ending is not None:
+        return trial  # whatever befell its process afterwards
     ended = {"ending": event["ending"], "reason": event["reason"], "ended_s": event["at"]}
     return replace(trial, **ended)
 

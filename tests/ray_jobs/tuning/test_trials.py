@@ -45,6 +45,14 @@ def test_a_trial_that_begins_anew_forgets_its_epochs(log):
     assert (found.epochs, found.started_s, found.ending) == ((), 5.0, None)
 
 
+def test_the_first_end_of_a_trial_stands(log):
+    log.start(0, {}, "tpe", 1.0)
+    log.end(0, "finished", 5.0)
+    log.end(0, "lost", 6.0, "its process went away")
+    (found,) = log.read()
+    assert (found.ending, found.ended_s, found.reason) == ("finished", 5.0, "")
+
+
 def test_the_best_is_of_those_that_came_to_an_end_with_a_figure():
     trials = [
         trial(0, 0.1, 0.3, 0.2),
