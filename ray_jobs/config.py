@@ -26,6 +26,7 @@ from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
 from data_lake.synthetic import ShopConfig
 from ray_jobs.errors import ConfigError
+from ray_jobs.tuning.space import Parameter, Space
 from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
 from recsys.encoders import Variant
@@ -451,6 +452,69 @@ class RecommendConfig(Section):
     cpus_per_actor: float = Field(1, gt=0)
     gpus_per_actor: float = Field(0, ge=0)
     """A part of one lets several share it."""
+class TuneConfig(Section):
+    """The search for a better recipe: what may be tried, who proposes it, and what it may cost."""
+
+    name: str | None = None
+    """Name of the search; one that was killed goes on when it is started with its name again."""
+    space: dict[str, Parameter] = Field(default_factory=dict)
+    """Parameters by the path of a value in the recipe, see `ray_jobs/tuning/space.py`."""
+    searcher: Literal["tpe", "random", "grid", "llm"] = "tpe"
+    """llm: a language model that reads the trials so far, see `ray_jobs/tuning/llm.py`; tpe
+    proposes where its answer is bad or late."""
+    max_trials: int = Field(30, ge=1)
+    """Trials, those that fail included."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Time of trials, over all starts of the search; what comes after the trials is not counted."""
+    max_epochs: int | None = Field(None, ge=1)
+    """Epochs of a trial that nobody stops; None: train.trainer.max_epochs. The learning rate falls
+    over so many, in a trial as in the final trainings."""
+    grace_epochs: int = Field(10, ge=1)
+    """No trial is stopped before: long enough for those that start slowly to have turned."""
+    reduction: float = Field(3.0, gt=1)
+    """Of the trials that come to a rung one in so many goes on to the next."""
+    held_out_share: float = Field(0.5, gt=0, lt=1)
+    """Share of the validation users that no trial sees; winner and default are compared on them."""
+    confirm_seeds: int = Field(3, ge=1)
+    """Trainings to the end of winner and default each, with seeds of their own."""
+    cpus_per_trial: float = Field(1, gt=0)
+    """May be less than 1: so many more trials run at once."""
+    gpus_per_trial: float = Field(0, ge=0)
+    """May be less than 1: trials then share a GPU and its memory."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at once; None: as many as fit."""
+    workers_per_trial: int = Field(1, ge=1)
+    """More than 1: a group of Ray Train's workers trains a trial and shares its CPUs and GPUs."""
+    launcher: Literal["auto", "process", "ray-train"] = "auto"
+    """process: a trial trains in its own process; auto: so, unless it has several workers."""
+    grid_points: int = Field(3, ge=2)
+    """grid: values of each range."""
+    random_trials: int = Field(10, ge=1)
+    """tpe: random draws before it models anything."""
+    llm_timeout_s: float = Field(30.0, gt=0)
+    """llm: for a whole answer; no trial starts while it is waited for."""
+
+    @field_validator("space")
+    @classmethod
+    def _is_of_the_recipe(cls, space: dict[str, Parameter]) -> dict[str, Parameter]:
+        Space.of(space)
+        return space
+
+    @model_validator(mode="after")
+    def _has_a_group_for_several_workers(self) -> Self:
+        if self.launcher == "process" and self.workers_per_trial > 1:
+            raise ValueError(
+                f"launcher 'process' trains with one worker, and workers_per_trial is "
+                f"{self.workers_per_trial}; leave one of them out"
+            )
+        return self
+
+    @property
+    def trains_in_trial(self) -> bool:
+        """Whether a trial needs no group of workers."""
+        return self.launcher == "process" or (
+            self.launcher == "auto" and self.workers_per_trial == 1
+        )
 
 
 class PipelineConfig(Section):
@@ -475,6 +539,7 @@ class PipelineConfig(Section):
     recommend: RecommendConfig = RecommendConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     monitor: MonitorConfig = MonitorConfig()
+    tune: TuneConfig = TuneConfig()
 
 
 def expand(path: str) -> str:

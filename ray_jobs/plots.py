@@ -325,3 +325,120 @@ def _top(series: Series) -> float:
 
 def _users(facts: Facts) -> str:
     return f"{facts['num_users']:,}"
+
+
+def draw_objective(points: Sequence[Facts]) -> Figure:
+    """Objective of each trial with its standard error over the minutes of a search, and the best so
+    far as a line. Hollow: stopped early.
+
+    Args:
+        points: `minutes`, `ndcg10`, `error` and `is_stopped` of each, by time.
+    """
+    figure = Figure(figsize=(_WIDTH, 2.7), layout="constrained")
+    axes = figure.subplots()
+    best = [max(one["ndcg10"] for one in points[: place + 1]) for place in range(len(points))]
+    axes.step([one["minutes"] for one in points], best, where="post", color=_MODEL, linewidth=1.6)
+    for one in points:
+        low, high = one["ndcg10"] - one["error"], one["ndcg10"] + one["error"]
+        axes.plot([one["minutes"]] * 2, [low, high], color=_BASELINE, linewidth=1.1)
+        filling = "white" if one["is_stopped"] else _MODEL
+        axes.plot(one["minutes"], one["ndcg10"], "o", mfc=filling, mec=_MODEL, markersize=4.5)
+    _style(axes, "NDCG@10 of trials on validation, with standard error; line: the best so far")
+    axes.set_xlabel("minutes; hollow: stopped early", fontsize=_SIZE, color=_FAINT)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    return figure
+
+
+def draw_asha(curves: Sequence[Facts]) -> Figure:
+    """NDCG@10 of each trial by epoch; a cross where it was stopped, the winner in front.
+
+    Args:
+        curves: `epochs`, `ndcg10`, `is_stopped` and `is_winner` of each.
+    """
+    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
+    axes = figure.subplots()
+    for one in sorted(curves, key=lambda curve: bool(curve["is_winner"])):
+        colour = _MODEL if one["is_winner"] else _STRONGEST
+        width = 2.0 if one["is_winner"] else 0.9
+        mark = "" if len(one["epochs"]) > 1 else "o"
+        axes.plot(one["epochs"], one["ndcg10"], f"-{mark}", color=colour, linewidth=width, ms=3)
+        if one["is_stopped"]:
+            axes.plot(one["epochs"][-1], one["ndcg10"][-1], "x", color=colour, markersize=5)
+    _style(axes, "NDCG@10 on validation by epoch; crosses: stopped early; blue: the best")
+    axes.set_xlabel("epoch", fontsize=_SIZE, color=_FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    return figure
+
+
+def draw_importance(shares: Mapping[str, float]) -> Figure:
+    """A lying bar for each parameter."""
+    figure = Figure(figsize=(_WIDTH, 0.6 + 0.27 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(shares)), list(shares.values()), 0.68, color=_MODEL)
+    axes.set_yticks(range(len(shares)), list(shares), parse_math=False)
+    axes.invert_yaxis()
+    for place, share in enumerate(shares.values()):
+        _write_value(axes, share, place, f"{share:.2f}")
+    axes.set_xlim(0, 1.15)
+    _style(axes, "Share of the objective's variance that a parameter explains by itself")
+    return figure
+
+
+def draw_parallel(
+    trials: Sequence[tuple[Mapping[str, Any], float]], paths: Sequence[str], logarithmic: set[str]
+) -> Figure:
+    """A line through the values of each trial, one axis a parameter and the objective last; the
+    better, the darker. A parameter that takes no part in a trial has its line at the bottom.
+
+    Args:
+        trials: values and objective of each.
+        logarithmic: paths whose axis is.
+    """
+    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    scales = [_scale([one[0].get(path) for one in trials], path in logarithmic) for path in paths]
+    objectives = [objective for _, objective in trials]
+    scales.append(_scale(objectives, is_logarithmic=False))
+    order = sorted(range(len(trials)), key=lambda place: objectives[place])
+    for rank, place in enumerate(order):
+        share = (rank + 1) / len(order)
+        heights = [heights[place] for heights, _ in scales]
+        axes.plot(range(len(scales)), heights, color=_MODEL, alpha=0.08 + 0.8 * share**3, lw=1.3)
+    for column, (_, marks) in enumerate(scales):
+        axes.axvline(column, color=_GRID, linewidth=0.8, zorder=0)
+        for height, label in marks:
+            axes.annotate(
+                label,
+                (column, height),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=_SIZE - 2,
+                color=_INK,
+                parse_math=False,
+            )
+    names = [path.replace(".", ".\n") for path in paths]
+    axes.set_xticks(range(len(scales)), [*names, "NDCG@10"], parse_math=False)
+    axes.set_yticks([])
+    axes.set_ylim(-0.22, 1.08)
+    _style(axes, "Values of each trial; the darker, the better")
+    return figure
+
+
+def _scale(
+    values: Sequence[Any], is_logarithmic: bool
+) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights from 0 to 1, those of nothing below, and the labels of an axis."""
+    there = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in there):
+        numbers = {value: math.log(value) if is_logarithmic else float(value) for value in there}
+        low, high = (end(numbers.values(), default=0.0) for end in (min, max))
+        places = {value: (one - low) / ((high - low) or 1.0) for value, one in numbers.items()}
+        ends = sorted(set(there))
+        labels = [(places[one], f"{one:.3g}") for one in {*ends[:1], *ends[-1:]}]
+    else:
+        kinds = sorted({str(value) for value in there})
+        of_kind = {kind: place / max(1, len(kinds) - 1) for place, kind in enumerate(kinds)}
+        places = {value: of_kind[str(value)] for value in there}
+        labels = [(height, kind) for kind, height in of_kind.items()]
+    return [-0.18 if value is None else places[value] for value in values], labels

@@ -25,7 +25,7 @@ from recsys.item_codes import agree_on_codes
 from recsys.memory_plan import Workload, refuse_what_cannot_fit
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
-from recsys.splits import split_tokens
+from recsys.splits import Split, hold_out, split_tokens
 from recsys.targets import find_targets
 from recsys.tokens import TokenStore
 from recsys.trainer import Trainer, choose_dtype
@@ -44,6 +44,16 @@ class WorkerPlan:
     """Only events from then on are targets, seconds since the epoch."""
     start_weights: Path | None = None
     """What a run begins with instead of random weights."""
+    held_out: float = 0.0
+    """Share of the validation users that take no part; with it nobody is tested either."""
+
+    def split(self, store: TokenStore) -> Split:
+        """What trains and what validates."""
+        config = self.config
+        targets = find_targets(config.train.targets, self.vocabulary.context)
+        split = split_tokens(store, config.split, targets)
+        # The same users, whatever the seed of the training is.
+        return hold_out(split, self.held_out)[0] if self.held_out else split
 
 
 def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
@@ -70,9 +80,16 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
     return {"eager_because": trainer.eager_because} if trainer.eager_because else {}
 
 
-def build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool = True) -> Trainer:
-    """A trainer at its start. A checkpoint, like the weights of a start, brings item codes along:
-    then nobody learns them. Raises: TrainingError.
+def build_trainer(
+    plan: WorkerPlan,
+    store: TokenStore,
+    *,
+    learns_codes: bool = True,
+    device: torch.device | None = None,
+) -> Trainer:
+    """A trainer at its start, on this worker's device unless another one is given. A checkpoint,
+    like the weights of a start, brings item codes along: then nobody learns them. Raises:
+    TrainingError.
     """
     config, context, catalogue = plan.config, plan.vocabulary.context, plan.vocabulary.catalogue
     # The same seed on every rank: all start from the same weights.
@@ -81,9 +98,10 @@ def build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool = T
     if plan.start_weights is not None:
         model.load_state_dict(load_file(plan.start_weights))
     targets = find_targets(config.train.targets, context)
-    split, codes = split_tokens(store, config.split, targets), plan.recipe.model.item_codes
+    split, codes = plan.split(store), plan.recipe.model.item_codes
+    device = get_device() if device is None else device
     if codes is not None and learns_codes and plan.start_weights is None:
-        seed, device = config.seed, get_device()
+        seed = config.seed
         model.load_codes(agree_on_codes(codes, store, split, catalogue, seed=seed, device=device))
     return Trainer(
         plan.recipe,
@@ -93,7 +111,7 @@ def build_trainer(plan: WorkerPlan, store: TokenStore, *, learns_codes: bool = T
         split,
         context.known_at_request_F,
         seed=config.seed,
-        device=get_device(),
+        device=device,
         targets=targets,
         new_since_s=plan.new_since_s,
         # The best epoch is chosen by what will be evaluated.

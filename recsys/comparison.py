@@ -52,11 +52,49 @@ def compare(
             f"A paired comparison needs the same users: {len(our_ranks_N)} ranks against "
             f"{len(their_ranks_N)}."
         )
-    ours, theirs = accuracy(our_ranks_N), accuracy(their_ranks_N)
-    if metric not in ours:
-        raise ValueError(f"There is no metric {metric!r}; choose one of: {', '.join(ours)}.")
+    pairs_N2 = np.stack([_values(our_ranks_N, metric), _values(their_ranks_N, metric)], axis=1)
+    return _compare_values(pairs_N2, metric, seed, num_resamples)
 
-    pairs_N2 = np.stack([ours[metric], theirs[metric]], axis=1)
+
+def compare_seeds(
+    our_ranks_SN: np.ndarray,
+    their_ranks_SN: np.ndarray,
+    *,
+    metric: str = "NDCG@10",
+    seed: int = 0,
+    num_resamples: int = 1000,
+) -> Comparison:
+    """As `compare`, of several trainings each: a user's value is the mean over the S trainings.
+
+    The interval tells how far other users would have changed the difference of these trainings; it
+    knows nothing of other seeds, for which the differences of single seeds are there to be read.
+
+    Raises: ValueError when the users are not as many, or the metric is unknown.
+    """
+    if our_ranks_SN.shape[1:] != their_ranks_SN.shape[1:]:
+        raise ValueError(
+            f"A paired comparison needs the same users: {our_ranks_SN.shape[1]} ranks against "
+            f"{their_ranks_SN.shape[1]}."
+        )
+    pairs_N2 = np.stack(
+        [_mean_over_seeds(ranks_SN, metric) for ranks_SN in (our_ranks_SN, their_ranks_SN)], axis=1
+    )
+    return _compare_values(pairs_N2, metric, seed, num_resamples)
+
+
+def _mean_over_seeds(ranks_SN: np.ndarray, metric: str) -> np.ndarray:
+    values_N: np.ndarray = np.mean([_values(ranks_N, metric) for ranks_N in ranks_SN], axis=0)
+    return values_N
+
+
+def _values(ranks_N: np.ndarray, metric: str) -> np.ndarray:
+    values = accuracy(ranks_N)
+    if metric not in values:
+        raise ValueError(f"There is no metric {metric!r}; choose one of: {', '.join(values)}.")
+    return values[metric]
+
+
+def _compare_values(pairs_N2: np.ndarray, metric: str, seed: int, num_resamples: int) -> Comparison:
     our_R, their_R = resampled_means(pairs_N2, seed=seed, num_resamples=num_resamples).T
     our_mean, their_mean = pairs_N2.mean(axis=0)
     difference = _interval(our_mean - their_mean, our_R - their_R)

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, model_validator
 
+from recsys.errors import TrainingError
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
@@ -60,6 +61,27 @@ def split_tokens(
     """Cuts every user of the store as configured."""
     is_target_T = None if targets is None else targets.mark(store.context_TF)
     return split_offsets(store.offsets_U, store.timestamps_T, config, is_target_T)
+
+
+def hold_out(split: Split, share: float, seed: int = 0) -> tuple[Split, np.ndarray]:
+    """A split that validates fewer users and tests none, and the users held out, int64, sorted.
+
+    What is chosen among many by the validation users that stay is compared without flattery on
+    those held out, and no test target is looked at. The same users are held out for a seed.
+
+    Raises: TrainingError when one of the two parts would be empty.
+    """
+    users = np.flatnonzero(split.validation_U >= 0)
+    num_held = round(share * len(users))
+    if not 0 < num_held < len(users):
+        raise TrainingError(
+            f"{share:.0%} of {len(users)} validation users cannot be held out so that some are on "
+            "both sides; ingest more users or choose another share."
+        )
+    held = np.sort(np.random.default_rng([seed, 29]).choice(users, num_held, replace=False))
+    validation_U = split.validation_U.copy()
+    validation_U[held] = -1
+    return Split(split.train_end_U, validation_U, np.full_like(split.test_U, -1)), held
 
 
 def split_offsets(

@@ -75,6 +75,8 @@ class EpochReport:
     windows_per_s: float
     tokens_per_s: float
     learning_rate: float
+    ndcg10_error: float = math.nan
+    """Standard error of `ndcg10` over the validation users."""
 
     @property
     def is_validated(self) -> bool:
@@ -163,6 +165,8 @@ class Trainer:
         self.epoch = 0
         self.best_ndcg10 = -math.inf
         self.best_epoch = 0
+        self.ndcg10_error = math.nan
+        """Standard error of NDCG@10 in the last validation."""
         self._validations_without_gain = 0
         self._progress = _Progress()
 
@@ -211,6 +215,7 @@ class Trainer:
             windows / elapsed,
             progress["tokens_per_s"],
             self._learning_rate(),
+            math.nan if math.isnan(ndcg10) else self.ndcg10_error,
         )
 
     def add_up_progress(self) -> dict[str, float]:
@@ -249,7 +254,7 @@ class Trainer:
 
     def _rank_validation_users(self) -> tuple[float, float]:
         users = self._validation_users[self.rank :: self.world_size]
-        sums = [0.0, 0.0, float(len(users))]
+        sums = [0.0, 0.0, 0.0, float(len(users))]
         if len(users):
             scorer = ModelScorer(self.model, self._known_at_request_F, dtype=self.dtype)
             ranks_N = rank_targets(
@@ -260,9 +265,12 @@ class Trainer:
                 filter_seen=self._filter_seen,
             ).ranks_N
             is_hit_N = ranks_N <= 10
-            sums[:2] = [float(is_hit_N.sum()), float((is_hit_N / np.log2(1 + ranks_N)).sum())]
-        hits, gains, count = sum_over_ranks(sums, self.device)
-        return hits / max(count, 1), gains / max(count, 1)
+            gains_N = is_hit_N / np.log2(1 + ranks_N)
+            sums[:3] = [float(is_hit_N.sum()), float(gains_N.sum()), float((gains_N**2).sum())]
+        hits, gains, squares, count = sum_over_ranks(sums, self.device)
+        count = max(count, 1)
+        self.ndcg10_error = math.sqrt(max(0.0, squares / count - (gains / count) ** 2) / count)
+        return hits / count, gains / count
 
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that a resumed run needs, as tensors and plain values."""

@@ -10,7 +10,11 @@ import pytest
 from ray_jobs.plots import (
     draw_against,
     draw_drift,
+    draw_asha,
+    draw_importance,
     draw_lists,
+    draw_objective,
+    draw_parallel,
     draw_rows,
     draw_shares,
     draw_slices,
@@ -159,3 +163,40 @@ def test_the_largest_shares_are_drawn_in_the_order_of_their_labels():
     assert len(shown) == 20
     assert shown == sorted(shown, key=labels.index)
     assert shown[-1] == "v29"
+def test_the_best_so_far_of_a_search_only_rises():
+    values = [0.2, 0.1, 0.3]
+    points = [
+        {"minutes": minute, "ndcg10": value, "error": 0.05, "is_stopped": value == 0.1}
+        for minute, value in enumerate(values)
+    ]
+    (axes,) = draw_objective(points).axes
+    assert axes.lines[0].get_ydata().tolist() == [0.2, 0.2, 0.3]
+    assert axes.lines[1].get_ydata() == pytest.approx([0.15, 0.25])
+    assert [axes.lines[place].get_markerfacecolor() == "white" for place in (2, 4, 6)] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_the_winner_of_a_search_is_drawn_in_front_and_stopped_trials_are_crossed():
+    winner = {"epochs": [1, 2], "ndcg10": [0.1, 0.3], "is_stopped": False, "is_winner": True}
+    stopped = {"epochs": [1], "ndcg10": [0.05], "is_stopped": True, "is_winner": False}
+    (axes,) = draw_asha([winner, stopped]).axes
+    assert [line.get_marker() for line in axes.lines] == ["o", "x", "None"]
+    assert axes.lines[-1].get_ydata().tolist() == [0.1, 0.3]
+
+
+def test_parallel_lines_pass_through_the_values_and_below_what_takes_no_part():
+    trials = [({"rate": 1e-4, "kind": "a"}, 0.1), ({"rate": 1e-2}, 0.3), ({"rate": 1e-3}, 0.2)]
+    (axes,) = draw_parallel(trials, ["rate", "kind"], {"rate"}).axes
+    heights = [line.get_ydata().tolist() for line in axes.lines[:3]]
+    # The worst first; the rate halfway between in its logarithm.
+    assert [one[0] for one in heights] == pytest.approx([0, 0.5, 1])
+    assert [one[1] < 0 for one in heights] == [False, True, True]
+    assert [one[2] for one in heights] == pytest.approx([0, 0.5, 1])
+
+
+def test_importance_is_a_bar_for_each_parameter():
+    (axes,) = draw_importance({"optimiser.learning_rate": 0.7, "loss.$kind$": 0.0}).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.7, 0.0]

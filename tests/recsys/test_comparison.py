@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.comparison import align_ranks, compare, find_target_difference
+from recsys.comparison import align_ranks, compare, compare_seeds, find_target_difference
 
 RANKS = pa.table({"user_id": ["a", "b", "c"], "item_id": [1, 2, 3], "model": [10, 20, 30]})
 
@@ -99,3 +99,19 @@ def test_what_differs_is_said(theirs, difference):
 def test_other_targets_are_not_compared():
     with pytest.raises(ValueError, match="on the same targets alone: 3 users are ranked against 1"):
         align_ranks(RANKS, RANKS.slice(0, 1), "model")
+
+
+def test_of_several_trainings_each_user_counts_with_the_mean():
+    # HR@10 of the users: 1 / 2, 1 and 0 against 0, 1 and 0.
+    ours_SN, theirs_SN = np.array([[1, 2, 99], [99, 3, 99]]), np.array([[99, 1, 99], [99, 1, 99]])
+    found = compare_seeds(ours_SN, theirs_SN, metric="HR@10")
+    assert found.difference.mean == pytest.approx(1 / 2 / 3)
+    once = compare(ours_SN[0], theirs_SN[0], metric="HR@10")
+    assert compare_seeds(ours_SN[:1], theirs_SN[:1], metric="HR@10") == once
+
+
+def test_trainings_are_compared_on_the_same_users():
+    with pytest.raises(ValueError, match="needs the same users: 3 ranks against 2"):
+        compare_seeds(np.ones((2, 3), int), np.ones((2, 2), int))
+    with pytest.raises(ValueError, match="There is no metric 'x'"):
+        compare_seeds(np.ones((2, 3), int), np.ones((2, 3), int), metric="x")

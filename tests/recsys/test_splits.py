@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from recsys.errors import TrainingError
 from recsys.splits import (
     SplitConfig,
     can_train,
+    hold_out,
     leave_one_out,
     split_tokens,
     temporal_cut,
@@ -164,3 +166,21 @@ def test_a_store_is_cut_at_the_targets_of_its_context(make_store):
 
 def _is_target(events):
     return np.array([event == "p" for event in events])
+
+
+def test_users_held_out_do_not_validate_and_nobody_tests():
+    # Of ten users the last one has no validation event.
+    split = leave_one_out(np.array([*range(0, 40, 4), 38]))
+    kept, held = hold_out(split, 1 / 3, seed=1)
+    assert (len(held), held.max() < 9) == (3, True)
+    assert np.flatnonzero(kept.validation_U >= 0).tolist() == sorted(set(range(9)) - set(held))
+    assert (kept.test_U == -1).all()
+    assert kept.train_end_U.tolist() == split.train_end_U.tolist()
+    assert (split.validation_U[held] >= 0).all()
+    assert hold_out(split, 1 / 3, seed=1)[1].tolist() == held.tolist()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_holding_out_leaves_users_on_both_sides(share):
+    with pytest.raises(TrainingError, match="of 3 validation users cannot be held out so that"):
+        hold_out(leave_one_out(np.array([0, 4, 8, 12])), share)

@@ -118,6 +118,16 @@ def test_an_item_that_was_viewed_can_be_the_target_where_seen_items_stay():
     assert make_trainer("sasrec-ce", store=store).validate() == (0, 0)
 
 
+def test_a_validation_tells_its_standard_error():
+    trainer = make_trainer(max_epochs=2, validate_every=2)
+    first, second = trainer.train_epoch(), trainer.train_epoch()
+    assert math.isnan(first.ndcg10_error)
+    # Gains lie between 0 and 1: a mean m has an error of sqrt(m * (1 - m) / n) at most.
+    num_users = trainer._validation_users.size
+    largest = math.sqrt(second.ndcg10 * (1 - second.ndcg10) / num_users)
+    assert 0 < second.ndcg10_error <= largest
+
+
 def test_the_loss_of_an_epoch_is_weighted_over_batches():
     # All weights are twice as large: the mean stays.
     store = _with_purchases(_cycles())
