@@ -1,11 +1,13 @@
 """What tests of manifests share: the overlays as kustomize renders them, and ways through them."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -18,6 +20,8 @@ Manifest = dict[str, Any]
 @cache
 def render(overlay: str) -> tuple[Manifest, ...]:
     """Every object of an overlay; kubectl renders without a cluster."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
     done = subprocess.run(
         ["kubectl", "kustomize", KUBERNETES / "overlays" / overlay],
         capture_output=True,
@@ -62,7 +66,7 @@ def values_of(tree: Any, key: str) -> Iterator[Any]:
             if name == key:
                 yield value
             yield from values_of(value, key)
-    elif isinstance(tree, list):
+    elif isinstance(tree, list | tuple):
         for value in tree:
             yield from values_of(value, key)
 

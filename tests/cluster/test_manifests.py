@@ -46,6 +46,7 @@ SECRETS = {
 JOBS = sorted((KUBERNETES / "jobs").glob("*.yaml"))
 SCHEDULED = ("ingest", "monitor", "maintain", "retrain")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 in_every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -311,7 +312,6 @@ def split_at(words, mark):
     return words[:place], words[place + 1 :]
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def dry_run(command, monkeypatch, capsys):
     """The `name` in the configuration that the command resolves, as it would in a pod."""
     python, dash_m, module, *arguments = command
