@@ -201,14 +201,19 @@ def test_what_a_pod_names_is_there(overlay):
             if not volume.get("configMap", {}).get("optional"):
                 wanted = [("ConfigMap", volume.get("configMap", {}).get("name"))]
                 wanted += [
-                    ("PersistentVolumeClaim", volume.get("persistentVolumeClaim", {}).get("claimName"))
+                    (
+                        "PersistentVolumeClaim",
+                        volume.get("persistentVolumeClaim", {}).get("claimName"),
+                    )
                 ]
                 assert {pair for pair in wanted if pair[1]} <= names
         for reference in values_of(template, "configMapRef"):
             assert ("ConfigMap", reference["name"]) in names
         mounted = {mount["name"] for mount in itertools.chain(*values_of(template, "volumeMounts"))}
         claims = {"data"} if "redis" in str(template["metadata"]["labels"]) else set()
-        assert mounted - claims <= {volume["name"] for volume in template["spec"].get("volumes", [])}
+        assert mounted - claims <= {
+            volume["name"] for volume in template["spec"].get("volumes", [])
+        }
 
 
 @in_every_overlay
@@ -274,7 +279,11 @@ def test_feast_has_the_views_of_the_package_and_a_store_that_exists():
         "type": "redis",
         "connection_string": "${NEXTITEM_FEAST_REDIS}",
     }
-    assert {**store, "online_store": 0, "registry": 0} == {**local, "online_store": 0, "registry": 0}
+    assert {**store, "online_store": 0, "registry": 0} == {
+        **local,
+        "online_store": 0,
+        "registry": 0,
+    }
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
