@@ -17,6 +17,7 @@ from ray.dashboard.modules.reporter import reporter_agent
 
 from ray_jobs.job_metrics import FINISHED, JobMetrics
 from ray_jobs.run_log import _GAUGES
+from recsys.artifact import publish
 from recsys.registry import promote, roll_back
 from serve_app.api import create_app
 from serve_app.deployment import _load_model
@@ -37,6 +38,7 @@ from tests.cluster.monitoring import (
     running_prometheus,
     wait_until,
 )
+from tests.conftest import write_artifact
 from tests.ray_jobs.conftest import tiny_config
 from tests.serve_app.http_server import running
 
@@ -158,7 +160,7 @@ def test_promtool_takes_every_expression_of_the_dashboards(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-class Shop:
+class Front:
     """The endpoint as one process of Serve has it, with a ranker inside, without Ray."""
 
     def __init__(self, registry: Path, folder: Path) -> None:
@@ -220,14 +222,13 @@ def write_job_metrics(home):
 
 
 @pytest.mark.slow
-def test_a_real_prometheus_finds_every_metric_and_speaks_of_a_damaged_version(
-    registry, tmp_path, monkeypatch
-):
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+def test_a_real_prometheus_finds_every_metric_and_speaks_of_a_damaged_version(shop, tmp_path):
     own_registry = tmp_path / "registry"
-    shutil.copytree(registry, own_registry)
+    published_at = {"published_at": "2026-11-01T00:00:00+00:00"}
+    publish(own_registry, "v1", partial(write_artifact, shop=shop), published_at)
+    promote(own_registry, "v1")
     names_of_jobs, file = write_job_metrics(tmp_path / "home")
-    shop = Shop(own_registry, tmp_path)
+    front = Front(own_registry, tmp_path)
     others = FastAPI()
 
     @others.get("/jobs")
@@ -239,17 +240,17 @@ def test_a_real_prometheus_finds_every_metric_and_speaks_of_a_damaged_version(
         # As an agent of Ray names what it hears from replicas.
         return Response("ray_nextitem_batch_size_sum 7\n", media_type="text/plain; version=0.0.4")
 
-    with running(shop.app) as port, running(others) as other_port:
+    with running(front.app) as port, running(others) as other_port:
         url = f"http://127.0.0.1:{port}"
         visit(url)
-        shutil.copytree(own_registry / "v2", own_registry / "v3")
-        (own_registry / "v3/model.safetensors").write_bytes(b"damaged")
+        shutil.copytree(own_registry / "v1", own_registry / "v2")
+        (own_registry / "v2/model.safetensors").write_bytes(b"damaged")
         config = prometheus_config(port, other_port)
         with running_prometheus(tmp_path / "prometheus", config) as prometheus:
             log = tmp_path / "prometheus/log"
             wait_until(lambda: prometheus.query('nextitem_batch_size_sum{job="ray"} == 7'), log)
             wait_until(lambda: prometheus.query('nextitem_requests_in_flight{job="app"}'), log)
-            promote(own_registry, "v3")
+            promote(own_registry, "v2")
             wanted = served_metrics() | names_of_jobs
             prometheus.wait_for(wanted)
             wait_until(lambda: prometheus.query('ALERTS{alertname="VersionNotLoaded"} == 1'), log)
@@ -258,7 +259,7 @@ def test_a_real_prometheus_finds_every_metric_and_speaks_of_a_damaged_version(
             finished = prometheus.query(f'{FINISHED}{{step="monitor",data="synthetic"}}')
             found = prometheus.names()
             roll_back(own_registry)
-    shop.close()
+    front.close()
 
     assert len(finished) == 1
     assert not [name for name in found if name.startswith("ray_nextitem_")]
