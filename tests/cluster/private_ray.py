@@ -1,5 +1,5 @@
-"""A Ray of several nodes on this machine, started by the commands of a cluster: its control store lies
-in Redis, its head has no CPUs, and nodes are ended by their process ids.
+"""A Ray of several nodes on this machine, started by the commands of a cluster: its control store
+lies in Redis, its head has no CPUs, and nodes are ended by their process ids.
 """
 
 import os
