@@ -69,6 +69,8 @@ class PrivateRay:
 
     def start_head(self) -> None:
         """A head like that of the manifests: nothing but the control of the others."""
+        # On one machine Ray takes what its workers say of the last head for a head that runs.
+        (self._folder / "ray/ray_current_cluster").unlink(missing_ok=True)
         options = [f"--port={self._port}", "--head", "--num-cpus=0"]
         options += [f"--dashboard-host={_HOST}", f"--dashboard-port={self._dashboard_port}"]
         self._start("head", *options, f"--temp-dir={self._folder / 'ray'}")

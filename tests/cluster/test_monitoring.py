@@ -57,9 +57,21 @@ def served_metrics():
 
 def job_metrics():
     """Names that jobs set, as their sources have them, and the gauges of a training."""
-    sources = "".join(path.read_text() for path in (ROOT / "ray_jobs").rglob("*.py"))
-    written = set(re.findall(r'"(nextitem_\w+)"', sources))
-    return written | {f"nextitem_train_{name}" for name in _GAUGES}
+    files = [path.read_text() for path in (ROOT / "ray_jobs").rglob("*.py")]
+    plain = {name for text in files for name in re.findall(r'"(nextitem_\w+)"', text)}
+    put_together = {
+        name for text in files for name in named_metrics() if is_put_together(name, text)
+    }
+    return plain | put_together | {f"nextitem_train_{name}" for name in _GAUGES}
+
+
+def is_put_together(name, source):
+    """Whether a source has an f-string that a word of the same source would make this name."""
+    for template in re.findall(r'f"(nextitem_[\w{}]+)"', source):
+        match = re.fullmatch(re.sub(r"\{\w+\}", r"(\\w+)", template), name)
+        if match and all(f'"{word}"' in source for word in match.groups()):
+            return True
+    return False
 
 
 def node_metrics():

@@ -24,7 +24,7 @@ def test_every_alert_has_a_heading_and_every_heading_an_alert():
 
 def test_of_every_alert_it_says_what_it_means_what_to_look_at_and_what_to_do():
     for part in re.split(r"^### ", section("Alerts"), flags=re.MULTILINE)[1:]:
-        assert re.findall(r"^\*\*(.*?)\*\*: \w", part, re.MULTILINE) == ["Means", "Look at", "Do"]
+        assert re.findall(r"^\*\*(.*?)\*\*: \S", part, re.MULTILINE) == ["Means", "Look at", "Do"]
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+\w)", TEXT))))
