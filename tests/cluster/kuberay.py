@@ -82,6 +82,7 @@ _CLUSTER = _closed(
         env={"type": "array", "items": _CORE},
         envFrom={"type": "array", "items": _CORE},
     ),
+    upgradeStrategy=_closed("type", type=_one_of("Recreate", "None")),
     suspend=_FLAG,
 )
 _SERVICE = _closed(
