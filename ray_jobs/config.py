@@ -390,6 +390,8 @@ class RetrainConfig(Section):
             if step in self.skip and later not in self.skip:
                 raise ValueError(f"skip names {step!r}, on which {later!r} builds; add it")
         return self
+
+
 class ExperimentConfig(Section):
     """Which versions are compared, and what counts as a success of a list."""
 
@@ -452,6 +454,8 @@ class RecommendConfig(Section):
     cpus_per_actor: float = Field(1, gt=0)
     gpus_per_actor: float = Field(0, ge=0)
     """A part of one lets several share it."""
+
+
 class TuneConfig(Section):
     """The search for a better recipe: what may be tried, who proposes it, and what it may cost."""
 

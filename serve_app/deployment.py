@@ -78,7 +78,7 @@ class Ingress:
             on_failure=lambda version: metrics.model_failures.labels("ingress").inc(),
         )
         self._host = RankerHost(settings, metrics) if ranker is None else None
-        self._intake = open_intake(settings)
+        self._intake = open_intake(settings, metrics.show_backlog)
         seed = find_seed(settings.history_seed, settings.registry / versions.serving.champion)
         if seed is not None:
             load_seed(self._intake.history, seed)

@@ -67,6 +67,15 @@ class LogRow(NamedTuple):
     event: LoggedEvent
 
 
+class Backlog(NamedTuple):
+    """What a reader has not carried on yet."""
+
+    events: int
+    """At most so many: events that were erased count."""
+    age_s: float
+    """Since the oldest of them was received; 0 where none waits."""
+
+
 class EventLog:
     """One file, several processes. Whoever reads it as a queue keeps a cursor in it.
 
@@ -114,6 +123,15 @@ class EventLog:
         query = "SELECT position FROM cursors WHERE reader = ?"
         row = self.file.read(lambda connection: connection.execute(query, (reader,)).fetchone())
         return int(row[0]) if row else 0
+
+    def backlog(self, reader: str) -> Backlog:
+        """What waits for a reader."""
+        position = self.cursor(reader)
+        waiting = self.rows_after(position, 1)
+        if not waiting:
+            return Backlog(0, 0.0)
+        age_s = self.clock() - waiting[0].event.received_us / 1e6
+        return Backlog(self.last_position() - position, max(0.0, age_s))
 
     def advance(self, reader: str, position: int) -> None:
         """Remembers that everything up to a position was carried on; never goes back."""

@@ -5,12 +5,12 @@ where the next request finds it, and later to the lake.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from serve_app.breaker import CircuitBreaker
 from serve_app.errors import EventsUnavailableError, HistoryUnavailableError
-from serve_app.event_log import EventLog, LoggedEvent, LogRow, rows_after
+from serve_app.event_log import Backlog, EventLog, LoggedEvent, LogRow, rows_after
 from serve_app.file_lock import FileLock
 from serve_app.history_stores.opening import open_history
 from serve_app.history_stores.store import HistoryStore
@@ -149,8 +149,13 @@ def _report_death(follower: asyncio.Task[None]) -> None:
         log.error("Nobody replays the log any more.", exc_info=follower.exception())
 
 
-def open_intake(settings: Settings) -> Intake:
+def open_intake(
+    settings: Settings, on_backlog: Callable[[Backlog], None] = lambda backlog: None
+) -> Intake:
     """The log, the history and the way to the lake that the settings name, not started yet.
+
+    Args:
+        on_backlog: is told what waits on the way to the lake, again and again.
 
     Raises: SettingsError; EventsUnavailableError when the log cannot be opened.
     """
@@ -164,5 +169,6 @@ def open_intake(settings: Settings) -> Intake:
             every_s=settings.ship_every_s,
             max_rows=settings.ship_rows,
             keep_days=settings.log_keep_days,
+            on_backlog=on_backlog,
         )
     return Intake(events, history, shipper, push_timeout_s=settings.history_timeout_s)

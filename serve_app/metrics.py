@@ -17,6 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.values import ValueClass
 
 from recsys.registry import Serving
+from serve_app.event_log import Backlog
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _LATENCY_S = (
@@ -139,6 +140,18 @@ class Metrics:
         self.exposures = self._counter(
             "nextitem_exposures", "Lists that were logged, or lost.", ("outcome",)
         )
+        self.unshipped_events = self._gauge(
+            "nextitem_unshipped_events",
+            "Events of this node that are not in the landing folder yet.",
+            (),
+            "livemax",
+        )
+        self.unshipped_age = self._gauge(
+            "nextitem_unshipped_age_seconds",
+            "Time since the oldest of them was received.",
+            (),
+            "livemax",
+        )
 
     def _declare_models(self) -> None:
         self.model_share = self._gauge(
@@ -166,6 +179,11 @@ class Metrics:
         self._versions = set(serving.versions)
         for version in serving.versions:
             self.model_share.labels(self._component, version).set(serving.share_of(version))
+
+    def show_backlog(self, backlog: Backlog) -> None:
+        """What waits on the way to the lake; the processes of a node share one log."""
+        self.unshipped_events.set(backlog.events)
+        self.unshipped_age.set(backlog.age_s)
 
     def _histogram(
         self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = _LATENCY_S

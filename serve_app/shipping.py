@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from serve_app.errors import EventsUnavailableError
-from serve_app.event_log import EventLog, LogRow
+from serve_app.event_log import Backlog, EventLog, LogRow
 from serve_app.file_lock import FileLock
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Shipper:
 
     Args:
         landing: a folder, or a URI that Arrow knows.
+        on_backlog: is told what waits at every look at the log, in every process.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Shipper:
         every_s: float = 30.0,
         max_rows: int = 50_000,
         keep_days: float = 30.0,
+        on_backlog: Callable[[Backlog], None] = lambda backlog: None,
     ) -> None:
         self._events = events
+        self._on_backlog = on_backlog
         self._landing = landing
         self._every_s = every_s
         self._max_rows = max_rows
@@ -115,6 +118,7 @@ class Shipper:
     def _ship_if_due(self) -> bool:
         """Whether nothing went wrong."""
         try:
+            self._on_backlog(self._events.backlog(READER))
             if self._lock.acquire() and self._is_due():
                 self.ship()
         except (OSError, pa.ArrowException, EventsUnavailableError) as error:

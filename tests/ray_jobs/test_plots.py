@@ -9,8 +9,8 @@ import pytest
 
 from ray_jobs.plots import (
     draw_against,
-    draw_drift,
     draw_asha,
+    draw_drift,
     draw_importance,
     draw_lists,
     draw_objective,
@@ -163,6 +163,8 @@ def test_the_largest_shares_are_drawn_in_the_order_of_their_labels():
     assert len(shown) == 20
     assert shown == sorted(shown, key=labels.index)
     assert shown[-1] == "v29"
+
+
 def test_the_best_so_far_of_a_search_only_rises():
     values = [0.2, 0.1, 0.3]
     points = [

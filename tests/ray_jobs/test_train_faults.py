@@ -29,19 +29,35 @@ SETTINGS = (
 NODE_DIES = """
 import os, pathlib, signal, sys, threading, time
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from ray_jobs import train
 from ray_jobs.job import load_config
 
-config = load_config("synthetic", sys.argv[1:])
+how, *overrides = sys.argv[1:]
+config = load_config("synthetic", overrides)
 history = pathlib.Path(config.storage.runs_uri) / "survivor" / "history.jsonl"
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-raylet = cluster.add_node(num_cpus=2).all_processes["raylet"][0].process.pid
+second = cluster.add_node(num_cpus=2)
+raylet = second.all_processes["raylet"][0].process.pid
 ray.init(address=cluster.address)
+
+def drain():
+    # What `ray drain-node` asks for.
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = time.time_ns() // 1_000_000 + 1000
+    accepted, why_not = GcsClient(address=cluster.address).drain_node(
+        second.node_id, reason, "maintenance", deadline_ms
+    )
+    assert accepted, why_not
+    time.sleep(1)
 
 def kill():
     while not history.exists() or len(history.read_text().splitlines()) < 2:
         time.sleep(0.01)
+    if how == "drained":
+        drain()
     os.kill(raylet, signal.SIGKILL)
 
 threading.Thread(target=kill, daemon=True).start()
@@ -52,10 +68,11 @@ cluster.shutdown()
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_training_goes_on_with_the_workers_that_are_left(tmp_path, tiny_lake):
+@pytest.mark.parametrize("how", ["lost", "drained"])
+def test_a_training_goes_on_with_the_workers_that_are_left(how, tmp_path, tiny_lake):
     tiny_lake(tmp_path, *SETTINGS)
     done = subprocess.run(
-        [sys.executable, "-c", NODE_DIES, *TINY, *SETTINGS],
+        [sys.executable, "-c", NODE_DIES, how, *TINY, *SETTINGS],
         cwd=ROOT,
         env={
             **os.environ,

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from recsys.registry import Serving
+from serve_app.event_log import Backlog
 from serve_app.metrics import MULTIPROCESS_DIR, Metrics
 
 COUNTING = """
@@ -92,3 +93,11 @@ def test_processes_of_a_node_are_added_up_and_the_dead_hold_no_requests(tmp_path
     line = 'nextitem_request_seconds_count{route="/v1/recommend",source="model",status="200"} 2.0'
     assert line in done.stdout
     assert "nextitem_requests_in_flight 0.0" in done.stdout
+
+
+def test_what_waits_on_the_way_to_the_lake_is_shown():
+    metrics = Metrics()
+    metrics.show_backlog(Backlog(3, 12.5))
+    text = metrics.render()
+    assert b"nextitem_unshipped_events 3.0" in text
+    assert b"nextitem_unshipped_age_seconds 12.5" in text

@@ -140,3 +140,20 @@ def test_shipped_events_are_pruned_when_they_are_old(log, landing):
     append(log, 3)
     Shipper(log, str(landing), keep_days=1e6).ship()
     assert len(log.rows_after(0, 9)) == 1
+
+
+def test_what_waits_is_told_at_every_look_even_where_it_cannot_be_shipped(tmp_path):
+    told = []
+    log = EventLog(tmp_path / "log.sqlite", clock=lambda: 100.0)
+    asyncio.run(log.append([event(1, received_us=40_000_000), event(2, received_us=90_000_000)]))
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    blocked = Shipper(log, str(tmp_path / "taken"), every_s=0.0, on_backlog=told.append)
+    shipper = Shipper(log, str(tmp_path / "landing"), every_s=0.0, on_backlog=told.append)
+
+    assert not blocked._ship_if_due()
+    blocked._lock.release()
+    assert shipper._ship_if_due()
+    assert shipper._ship_if_due()
+    log.close()
+
+    assert told == [(2, 60.0), (2, 60.0), (0, 0.0)]
