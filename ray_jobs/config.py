@@ -319,7 +319,8 @@ class MonitorConfig(Section):
     """End of the reference period. By default where the training of the version that serves ended,
     or where the current period begins, whichever is earlier, at the first run for that version."""
     false_alarm_rate: float = Field(0.01, gt=0, lt=1)
-    """How often a run without drift may raise an alarm, over all measures together."""
+    """How often a run without drift may raise an alarm, over all measures together; with few users
+    it is somewhat more often, see benchmarks/results/drift.md."""
     num_resamples: int = Field(4000, ge=100)
     """Shifted copies of the reference period that thresholds are quantiles of."""
     attribution_minutes: float = Field(60, gt=0)

@@ -40,9 +40,9 @@ _HOW = (
     "it rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin "
     "that one period lacks is smoothed, and values that the version does not know are one bin of "
     "their own. Thresholds come from the reference period: windows of it are shifted within groups "
-    "of users, and one is compared with the others. Together they let {rate:.1%} of the runs "
-    "without drift raise an alarm. Dispersion is how much more days vary than users explain; "
-    "thresholds are raised by it."
+    "of users, and one is compared with the others; {rate:.1%} of these shifted periods are beyond "
+    "any threshold, and about as many runs without drift raise an alarm (more where users are "
+    "few). Dispersion is how much more days vary than users explain; thresholds are raised by it."
 )
 
 

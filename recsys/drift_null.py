@@ -10,7 +10,9 @@ thresholds are raised by that factor.
 
 One rate of false alarms holds for all measures together: Westfall & Young (1993), min-p. A
 threshold is a quantile of each measure's own null, the same one for all, as far out as needed for
-`false_alarm_rate` of the resamples to exceed any of them.
+`false_alarm_rate` of the resamples to exceed any of them. The calm period is itself a sample, so
+that further calm weeks exceed them somewhat more often where users are few:
+`benchmarks/results/drift.md` has the measured rate.
 """
 
 from collections.abc import Mapping, Sequence
