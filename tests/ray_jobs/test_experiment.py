@@ -255,6 +255,7 @@ def test_metrics_without_any_success_are_reported_too(tmp_path):
     assert facts["metrics"]["click_through"]["days_needed"] is None
     json.dumps(facts, allow_nan=False)
     assert describe(facts) == "click_through +0.0000 of v2 over v1, within noise"
+    assert experiment._report(facts, tmp_path).figures["detectable"] is None
     write_experiment(tmp_path, facts)
 
 
