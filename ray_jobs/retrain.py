@@ -49,6 +49,7 @@ from ray_jobs.retrain_state import (
 )
 from ray_jobs.runs import FinishedRun, open_run
 from recsys.artifact import load_artifact
+from recsys.errors import ArtifactError
 from recsys.leaderboard import HEADLINE
 from recsys.lineage import find_version_of
 from recsys.registry import promote, read_serving, serving_version
@@ -93,10 +94,13 @@ def run(config: PipelineConfig) -> Report:
 
 
 def preview(config: PipelineConfig) -> dict[str, Any]:
-    """The plan: the champion, the steps with their gates, and which of them are done. Raises as
-    `run` does before its first step.
+    """The plan: the champion, the steps with their gates, and which of them are done; or why there
+    is none, where nothing serves yet that could be challenged.
     """
-    state = find_state(config)
+    try:
+        state = find_state(config)
+    except ArtifactError as error:
+        return {"plan": None, "refused": str(error)}
     steps = [
         {"step": step.name, "what": step.title, "gates": step.gates, "status": _status(step, state)}
         for step in STEPS

@@ -279,3 +279,9 @@ def test_a_report_has_the_weeks_the_comparison_and_what_to_do_next(tmp_path):
     assert "30 of them are on items that the champion does not know" in text
     assert "| NDCG@10 | +0.0100 [+0.0000, +0.0200] |" in text
     assert "| data: the weeks | 2.0 |" in text
+
+
+def test_a_plan_without_a_champion_says_what_is_missing(tmp_path):
+    planned = preview(tiny_config(tmp_path))
+    assert planned["plan"] is None
+    assert "serves yet; run ray_jobs.publish first" in planned["refused"]

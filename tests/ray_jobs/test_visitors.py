@@ -36,6 +36,7 @@ def shown(tmp_path):
             "source": ["model"] * len(rows),
             "degraded": [False] * len(rows),
             "item_ids": [["x"]] * len(rows),
+            "top_score": [1.0] * len(rows),
         }
         pq.write_table(pa.table(columns, schema=SCHEMA), tmp_path / "shown.parquet")
         return [str(tmp_path / "shown.parquet")]
