@@ -13,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow lint format bench clean
+.PHONY: help setup demo serve test test-slow test-long lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -36,12 +36,15 @@ serve: setup  ## the endpoint for the version that an earlier demo published; DA
 	$(BIN)/python -m ray_jobs.demo --data $(DATA) --serve-only $(ARGS)
 
 test: setup  ## unit tests, then Ray, Serve and end-to-end tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not ray and not slow and not gpu'
-	$(BIN)/python -m pytest -q -m 'ray and not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not ray and not slow and not long and not gpu'
+	$(BIN)/python -m pytest -q -m 'ray and not slow and not long and not gpu'
 
 test-slow: setup  ## faults and long end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'slow and not ray and not gpu'
 	$(BIN)/python -m pytest -q -m 'slow and ray and not gpu'
+
+test-long: setup  ## the benchmarks, made small
+	$(BIN)/python -m pytest -q -m 'long and not gpu'
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -35,6 +35,7 @@ from data_lake.tables import table_exists
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import ConfigError
 from ray_jobs.job import Report, main, timed
+from ray_jobs.job_metrics import JobMetrics
 
 _MAX_TASKS = 256
 
@@ -67,12 +68,18 @@ def run(config: PipelineConfig) -> Report:
     if config.maintain.prove and users:
         with timed("prove"):
             figures |= _prove(config, users)
+    JobMetrics("maintain", config).publish()
     return Report("maintain", _headline(figures, users), figures)
 
 
 def history_root(config: PipelineConfig) -> str:
     """Where materialize writes."""
     return f"{expand(config.storage.root)}/history"
+
+
+def _folders(config: PipelineConfig) -> dict[str, str]:
+    """Where Parquet files hold rows of users beside the lake."""
+    return {"history": history_root(config), "exposures": config.storage.exposures_uri}
 
 
 def _users(config: PipelineConfig) -> tuple[str, ...]:
@@ -99,8 +106,10 @@ def _forget(
         for name in tables
         if name != "items"
     }
-    in_history = forget_in_folder(history_root(config), users, options, _on_cluster)
-    return gone | {"history_rows_forgotten": in_history}
+    return gone | {
+        f"{name}_rows_forgotten": forget_in_folder(folder, users, options, _on_cluster)
+        for name, folder in _folders(config).items()
+    }
 
 
 def _compact(config: PipelineConfig, tables: Sequence[str]) -> dict[str, int]:
@@ -122,12 +131,17 @@ def _vacuum(config: PipelineConfig, tables: Sequence[str]) -> dict[str, int]:
 def _prove(config: PipelineConfig, users: tuple[str, ...]) -> dict[str, str]:
     lake_uri, options = config.storage.lake_uri, config.storage.options
     in_tables = find_users(lake_uri, users, options, _on_cluster)
-    in_history = find_in_folder(history_root(config), users, options, _on_cluster)
+    in_folders = [
+        find_in_folder(folder, users, options, _on_cluster) for folder in _folders(config).values()
+    ]
     in_log = find_in_log(lake_uri, users, options)
     retention = timedelta(hours=config.maintain.retention_hours)
     return {
         f"user {user}": _verdict(
-            in_tables[user], len(in_history[user]), in_log.get(user), retention
+            in_tables[user],
+            sum(len(found[user]) for found in in_folders),
+            in_log.get(user),
+            retention,
         )
         for user in users
     }

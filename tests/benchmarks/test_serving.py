@@ -85,8 +85,7 @@ def test_no_two_requests_are_alike():
     assert {len(body["user_history"]) for body in bodies} == set(range(5, 50))
 
 
-@pytest.mark.slow
-@pytest.mark.ray
+@pytest.mark.long
 def test_quick_run_ends_with_one_line_of_json():
     command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--items", "200"]
 

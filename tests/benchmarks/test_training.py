@@ -278,8 +278,7 @@ def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
     assert "one worker takes +5.0%" in render({"machine": "2 cores", "scaling": found})
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1_800)
 def test_ray_is_measured_in_processes_of_its_own():
     loading, scaling = measure_loading(QUICK), measure_scaling(QUICK)

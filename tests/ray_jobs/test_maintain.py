@@ -71,17 +71,24 @@ def test_the_whole_round_and_the_next_build(tmp_path, lake, ray_cluster):
     build_sequences.run(pipeline(tmp_path))
     materialize.run(pipeline(tmp_path))
     before = sequences_of(lake)
+    (tmp_path / "exposures").mkdir()
+    shown = pa.table({"user_id": ["3", None, "2", "3"], "recommendation_id": [*"abcd"]})
+    pq.write_table(shown, tmp_path / "exposures" / "1.parquet")
 
     report = maintain.run(pipeline(tmp_path, forget=["3", "77"]))
     figures = report.figures
-    assert report.headline.startswith("2 users forgotten (6 rows), ")
+    assert report.headline.startswith("2 users forgotten (8 rows), ")
     gone = {name: num for name, num in figures.items() if name.endswith("_rows_forgotten")}
     assert gone == {
         "events_rows_forgotten": 3,
         "users_rows_forgotten": 1,
         "sequences_rows_forgotten": 1,
         "history_rows_forgotten": 1,
+        "exposures_rows_forgotten": 2,
     }
+    left = pq.read_table(tmp_path / "exposures" / "1.parquet")
+    assert left["recommendation_id"].to_pylist() == ["b", "c"]
+    assert "maintain" in (tmp_path / "metrics" / "maintain.prom").read_text()
     assert (figures["events_files_before"], figures["events_files"]) == (12, 2)
     assert figures["events_files_deleted"] == 0
     assert figures["user 77"] == "gone"

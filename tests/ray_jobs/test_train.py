@@ -224,27 +224,6 @@ def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path, tiny_lake):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_dies_is_replaced_and_training_goes_on(tmp_path, tiny_lake, monkeypatch):
-    config = tiny_lake(tmp_path, "train.trainer.max_epochs=4", "train.name=phoenix")
-    marker = tmp_path / "died"
-    original = Trainer.train_epoch
-
-    def die_once(trainer, after_step):
-        if trainer.epoch == 2 and trainer.rank == 0 and not Path(marker).exists():
-            Path(marker).touch()
-            os._exit(1)
-        return original(trainer, after_step)
-
-    monkeypatch.setattr(train, "train_worker", _worker_with(die_once))
-    train.run(config)
-    history = read_history(tmp_path / "synthetic" / "runs" / "phoenix")
-    assert marker.exists()
-    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_run_whose_driver_was_killed_goes_on_when_started_with_its_name(tmp_path, tiny_lake):
     overrides = ("train.trainer.max_epochs=12", "train.name=phoenix")
     config = tiny_lake(tmp_path, *overrides)

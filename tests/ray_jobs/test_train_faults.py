@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "train.name=survivor",
-    "train.trainer.max_epochs=8",
-    "train.trainer.patience=8",
+    "train.trainer.max_epochs=5",
+    "train.trainer.patience=5",
     "train.num_workers=3",
     "train.min_workers=1",
 )
@@ -87,14 +87,14 @@ def test_a_training_goes_on_with_the_workers_that_are_left(how, tmp_path, tiny_l
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["epochs"] == 8
+    assert report["epochs"] == 5
     lines = (tmp_path / "synthetic" / "runs" / "survivor" / "history.jsonl").read_text()
     epochs = [json.loads(line)["epoch"] for line in lines.splitlines()]
     # It went on from a checkpoint: what came before the last one was not trained again.
     assert epochs[:2] == [1, 2]
     assert epochs.count(1) == 1
     assert [e["epoch"] for e in read_history(tmp_path / "synthetic/runs/survivor")] == list(
-        range(1, 9)
+        range(1, 6)
     )
 
 

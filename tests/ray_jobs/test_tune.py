@@ -226,8 +226,8 @@ def test_a_search_whose_driver_was_killed_goes_on_and_loses_no_trial(root):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_group_that_is_stopped_early_makes_room_for_the_next(root):
-    rates = {"kind": "choice", "values": [4e-3, 1e-7, 3e-3]}
+def test_a_group_that_falls_behind_is_stopped(root):
+    rates = {"kind": "choice", "values": [4e-3, 1e-7]}
     config = make_config(
         root,
         space={"optimiser.learning_rate": rates},
@@ -242,7 +242,6 @@ def test_a_group_that_is_stopped_early_makes_room_for_the_next(root):
     task, data = open_data(config)
     log = TrialLog(task.folder / "trials.jsonl")
     trials = search(task, data, GridSearch(tune.read_space(config), 2), log)
-    assert [trial.ending for trial in trials][:2] == ["finished", "stopped"]
-    assert trials[2].ending in ("finished", "stopped")
+    assert [trial.ending for trial in trials] == ["finished", "stopped"]
     assert [epoch.epoch for epoch in trials[1].epochs] == [1, 2]
     assert all(trial.best.error > 0 for trial in trials)

@@ -49,14 +49,14 @@ class Stage:
         ]
         return sorted(found, key=lambda process: process.create_time())
 
-    def under_load(self, act, *, seconds=8.0, bodies=_BODIES, rate=_RATE):
+    def under_load(self, act, *, seconds=8.0, bodies=_BODIES, rate=_RATE, connections=128):
         """The account of every request that was due while `act` did its worst."""
         plan = Plan(
             f"{self.url}/v1/recommend",
             bodies,
             seconds=seconds,
             rate=rate,
-            connections=128,
+            connections=connections,
             timeout_s=30.0,
         )
         with RunningLoad(plan) as load:
@@ -89,12 +89,20 @@ def _is_replica(process, deployment):
     return title.startswith("ray::ServeReplica") and f":{deployment}" in title
 
 
-def assert_no_page_was_empty(result):
+def assert_no_page_was_empty(result, *, cut_off=0):
+    """`cut_off`: answers at most that broke off on their way."""
     # For whoever runs this with -rP on a machine that has nothing else to do.
     late = sum(took_ms > _LATE_MS for took_ms in result.latencies_ms)
     print(f"{late} of {result.sent} later than {_LATE_MS} ms: {result.figures()}")
     assert result.sent >= 100
-    assert (result.non_2xx, result.short) == (0, 0), (result.figures(), result.failures)
+    assert (result.non_2xx - _cut_off(result, cut_off), result.short) == (0, 0), (
+        result.figures(),
+        result.failures,
+    )
+
+
+def _cut_off(result, at_most):
+    return min(result.errors.get("ClientPayloadError", 0), at_most)
 
 
 @pytest.fixture(scope="module")
@@ -265,17 +273,18 @@ def test_event_log_that_another_process_locks(stage):
 
 
 def test_rankers_that_come_and_go_with_the_load(stage):
-    def under_load_until(number, rate):
+    def under_load_until(number, **load):
         """All requests until there are so many rankers, and some that come after."""
-        result = stage.under_load(lambda: None, seconds=6.0, rate=rate)
+        result = stage.under_load(lambda: None, seconds=6.0, **load)
         for _ in range(20):
             is_reached = len(stage.replicas("Ranker")) == number
-            result += stage.under_load(lambda: None, seconds=6.0, rate=rate)
+            result += stage.under_load(lambda: None, seconds=6.0, **load)
             if is_reached:
                 return result
         raise AssertionError(f"{number} rankers were awaited")
 
-    busy = under_load_until(2, rate=150)
+    # As much as it can answer: no machine is too fast for that.
+    busy = under_load_until(2, rate=None, connections=16)
     calm = under_load_until(1, rate=20)
 
     for result in (busy, calm):
@@ -309,7 +318,8 @@ def test_node_that_is_lost(registry, tmp_path):
         nodes.stdin.close()
         nodes.wait(60)
 
-    assert_no_page_was_empty(result)
+    # What a node had begun to send when it was lost nobody can send again.
+    assert_no_page_was_empty(result, cut_off=1)
     assert answer["source"] == "model"
 
 
