@@ -79,6 +79,8 @@ def test_a_training_goes_on_with_the_workers_that_are_left(how, tmp_path, tiny_l
             "NEXTITEM_HOME": str(tmp_path),
             "RAY_AUTH_MODE": "disabled",
             **QUICK_TO_NOTICE,
+            # A group that was asked for before the loss was known is given up after so long.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",
         },
         capture_output=True,
         text=True,
