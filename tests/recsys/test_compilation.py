@@ -1,6 +1,7 @@
 """Blocks that torch.compile has compiled, and what happens where it cannot."""
 
 import logging
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +12,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from recsys import compilation
 from recsys.blocks import Block
 from recsys.compilation import compile_blocks, leave_eager
+from tests.recsys.processes import join_ranks, leave_ranks
 from tests.recsys.test_trainer import make_trainer
 
 # Of the modules of torch itself, whose compiler warns of its own doings.
@@ -45,14 +47,11 @@ def test_a_compiled_model_learns_as_an_eager_one():
 def _train_compiled(rank, folder):
     # What ranks agree on needs no kernels, whose compilation takes a minute.
     Block.compile = _trace_alone
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    join_ranks(folder, rank, world_size=2)
     trainer = make_trainer("sasrec-ce", max_epochs=2, compile=True)
     loss = trainer.train_epoch().loss
-    torch.save({"loss": loss, "eager_because": trainer.eager_because}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    told = {"loss": loss, "eager_because": trainer.eager_because}
+    leave_ranks(told, Path(folder) / f"{rank}.pt")
 
 
 def _trace_alone(block, **_):

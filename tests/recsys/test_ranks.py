@@ -1,14 +1,13 @@
 """Training on several ranks, each a process of its own, over gloo."""
 
-import datetime
-import os
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recsys.ranks import gather_lists, gather_rows, sum_over_ranks
+from tests.recsys.processes import join_ranks, leave_ranks
 from tests.recsys.test_trainer import make_trainer, weights_that_matter
 
 _CASES = {
@@ -33,23 +32,15 @@ def train(recipe):
 
 
 def run_rank(rank, world_size, folder):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    join_ranks(folder, rank, world_size)
     own = torch.arange(rank + 1) + 10 * rank
     told = {
         "sums": sum_over_ranks([float(rank), 1.0], torch.device("cpu")),
         "rows": gather_rows(torch.full((2, 2), rank)).tolist(),
         "lists": gather_lists(own, [number + 1 for number in range(world_size)]).tolist(),
     }
-    torch.save(told | {recipe: train(recipe) for recipe in _CASES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    told |= {recipe: train(recipe) for recipe in _CASES}
+    leave_ranks(told, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
