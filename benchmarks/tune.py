@@ -1,10 +1,11 @@
 """What a search costs and what it brings.
 
-    python -m benchmarks.tune                            (all parts, an hour or so on two cores)
+    python -m benchmarks.tune                            (all parts, two hours or so on two cores)
     python -m benchmarks.tune --parts overhead --trials 4 --epochs 3
 
-gain: the synthetic shop; the winner of the search against the shipped recipe, on validation users
-that no trial saw, each trained to the end with three seeds. overhead: the same trainings one
+gain: the synthetic shop, and MovieLens-1M at half the width; the winner of the search against the
+shipped recipe, on validation users that no trial saw, each trained to the end with three seeds.
+overhead: the same trainings one
 after the other in a plain loop, as trials that train in their own process, and as trials of a Ray
 Train group of one worker. packing: eight trials at once on two CPUs, and how long the head takes
 to answer meanwhile. With --write `benchmarks/results/tune.md` is written; the last line printed is
@@ -18,7 +19,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,39 +49,35 @@ from recsys.tokens import TokenStore
 RESULTS = Path(__file__).parent / "results"
 NUM_CPUS = 2
 AT_ONCE = 8
+PARTS = ["gain-synthetic", "gain-ml-1m", "overhead", "packing"]
+SMALLER = {"ml-1m": ("train.overrides.model.dim=32",)}
 RATES = np.geomspace(5e-4, 4e-3, 64).tolist()
 
 
-def measure_gain(trials: int, epochs: int, users: int) -> dict[str, Any]:
+def measure_gain(data: str, trials: int, epochs: int, home: Path) -> dict[str, Any]:
     """The search as a user starts it; budget and verdict."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["NEXTITEM_HOME"] = folder
-        config = load_config(
-            "synthetic",
-            [
-                f"generate.num_users={users}",
-                "tune.name=benchmark",
-                f"tune.max_trials={trials}",
-                f"tune.max_epochs={epochs}",
-                f"tune.grace_epochs={max(1, epochs // 3)}",
-                f"tune.random_trials={max(2, trials // 3)}",
-            ],
-        )
-        for stage in (generate, ingest, build_sequences):
-            stage.run(config)
-        started = time.perf_counter()
-        report = tune.run(config)
-        found = json.loads((Path(report.figures["report"]).parent / "outcome.json").read_text())
-    return {
-        "users": users,
-        "trials": trials,
-        "epochs": epochs,
-        "search_s": round(report.figures["search_seconds"]),
-        "seconds": round(time.perf_counter() - started),
-        "stopped_early": report.figures["stopped_early"],
-        "failed": report.figures["failed"],
-        **found,
-    }
+    os.environ["NEXTITEM_HOME"] = str(home)
+    config = load_config(
+        data,
+        [
+            "tune.name=benchmark",
+            f"tune.max_trials={trials}",
+            f"tune.max_epochs={epochs}",
+            f"tune.grace_epochs={max(1, epochs // 3)}",
+            f"tune.random_trials={max(2, trials // 3)}",
+            *SMALLER.get(data, ()),
+        ],
+    )
+    if config.generate is not None:
+        generate.run(config)
+    for stage in (ingest, build_sequences):
+        stage.run(config)
+    figures = tune.run(config).figures
+    folder = Path(figures["report"]).parent
+    outcome = json.loads((folder / "outcome.json").read_text())
+    budget = {"trials": trials, "epochs": epochs}
+    names = ("search_seconds", "seconds", "stopped_early", "failed")
+    return budget | {name: round(figures[name]) for name in names} | outcome
 
 
 def measure_overhead(trials: int, epochs: int, users: int) -> dict[str, Any]:
@@ -214,43 +211,107 @@ def _summary(latencies: list[float]) -> dict[str, float]:
     return dict(zip(("p50", "p99", "max"), quantiles.round(1).tolist(), strict=True))
 
 
-def render(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    blocks = [
-        "# Searches",
-        found["machine"],
-        "`python -m benchmarks.tune`; the figures are in its last line.",
-    ]
-    for name in ("gain", "overhead", "packing"):
-        if name in found:
-            blocks += [f"## {name}", f"```json\n{json.dumps(found[name], indent=1)}\n```"]
+def render(found: Mapping[str, Any]) -> str:
+    """The figures of all parts that were measured, as Markdown."""
+    blocks = ["# Searches", "`python -m benchmarks.tune --write`; figures in full: `tune.json`."]
+    for name, part in found.items():
+        blocks += [f"## {name}", f"{part['machine']}", RENDERERS[name.split("-")[0]](part)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _render_gain(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"{part['trials']} trials of at most {part['epochs']} epochs, {part['stopped_early']} "
+        f"stopped early, {part['failed']} failed; {part['search_seconds']:,} s of search, "
+        f"{part['seconds']:,} s with the final trainings.",
+        f"{part['headline'][0].upper()}{part['headline'][1:]}.",
+    ]
+    verdict = part["verdict"]
+    if verdict is not None:
+        rows = zip(
+            verdict["winner_ndcg10"],
+            verdict["default_ndcg10"],
+            verdict["differences_by_seed"],
+            strict=True,
+        )
+        lines.append(
+            _table(
+                ("training", "NDCG@10 of the winner", "of the default", "difference"),
+                [(n, *(f"{one:.4f}" for one in row)) for n, row in enumerate(rows, start=1)],
+            )
+        )
+    values = part["winner"]["values"] if part["winner"] else {}
+    lines.append(_table(("value of the winner", ""), list(values.items())))
+    return "\n\n".join([*lines, *part["doubts"]])
+
+
+def _render_overhead(part: Mapping[str, Any]) -> str:
+    rows = [
+        (name, seconds, f"{part['overhead'].get(name, 0):.1%}")
+        for name, seconds in part["seconds"].items()
+    ]
+    what = f"{part['trials']} trainings of {part['epochs']} epochs, {part['users']:,} users."
+    return f"{what}\n\n" + _table(("trainings run", "seconds", "more than a loop"), rows)
+
+
+def _render_packing(part: Mapping[str, Any]) -> str:
+    rows = [("none", "", *part["idle_ms"].values())]
+    for at_once in (NUM_CPUS, AT_ONCE):
+        one = part[f"{at_once}_at_once"]
+        rows.append((at_once, one["seconds"], *one["head_ms"].values()))
+    header = ("trials at once", "seconds", "head's answer p50, ms", "p99", "max")
+    what = f"{part['trials']} trials of {part['epochs']} epochs on {NUM_CPUS} CPUs."
+    return f"{what}\n\n" + _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+RENDERERS = {"gain": _render_gain, "overhead": _render_overhead, "packing": _render_packing}
+
+
+def write(found: Mapping[str, Any]) -> None:
+    """Puts new figures in the place of the former ones of the same part."""
+    path = RESULTS / "tune.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    known = before | dict(found)
+    ordered = {name: known[name] for name in PARTS if name in known}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    (RESULTS / "tune.md").write_text(render(ordered))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["overhead", "packing", "gain"])
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--users", type=int, default=20_000, help="of overhead and packing")
+    parser.add_argument("--home", type=Path, help="keeps searches, which go on if they were ended")
     parser.add_argument("--write", action="store_true", help="keep the figures in results/")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(num_cpus=NUM_CPUS, log_to_driver=False, logging_level="ERROR")
-    trials, epochs, users = arguments.trials, arguments.epochs, arguments.users
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "overhead": lambda: measure_overhead(min(trials, 6), min(epochs, 8), users),
-        "packing": lambda: measure_packing(min(epochs, 3), users),
-        "gain": lambda: measure_gain(trials, epochs, users),
-    }
-    found: dict[str, Any] = {"machine": machine()}
-    for name in arguments.parts:
-        found[name] = parts[name]()
-        print(name, json.dumps(found[name]), flush=True)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.parts:
+            measured = _measure(name, arguments, arguments.home or Path(temporary))
+            found[name] = {"machine": machine(), **measured}
+            print(name, json.dumps(found[name]), flush=True)
+            if arguments.write:
+                write(found)
     ray.shutdown()
-    if arguments.write:
-        (RESULTS / "tune.md").write_text(render(found))
     print(json.dumps(found))
+
+
+def _measure(name: str, arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
+    trials, epochs, users = arguments.trials, arguments.epochs, arguments.users
+    if name == "overhead":
+        return measure_overhead(min(trials, 6), min(epochs, 8), users)
+    if name == "packing":
+        return measure_packing(min(epochs, 3), users)
+    return measure_gain(name.removeprefix("gain-"), trials, epochs, home)
 
 
 if __name__ == "__main__":

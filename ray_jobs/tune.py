@@ -98,10 +98,10 @@ def read_space(config: PipelineConfig) -> Space:
         )
     if config.train.start is not None:
         raise ConfigError("A search begins with random weights; leave train.start out.")
-    space = Space.of(config.tune.space)
+    space, recipe = Space.of(config.tune.space), config.train.recipe
     for values in islice(space.ends(), _MAX_CHECKED):
         try:
-            read_recipe(config.train.recipe, as_overrides(values, config.train.overrides))
+            read_recipe(recipe, as_overrides(values, recipe, config.train.overrides))
         except ValueError as error:
             raise ConfigError(
                 f"tune.space holds {values}, which is no recipe: {_reason(error)}; take it out of "

@@ -60,6 +60,7 @@ def builtin_recipes() -> list[str]:
 def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """A built-in recipe with single values replaced, e.g. `{"model": {"dim": 64}}`.
 
+    A section that is given another `kind` begins anew, without the parameters of the former one.
     Raises: ValueError for an unknown recipe or key.
     """
     if name not in builtin_recipes():
@@ -68,9 +69,39 @@ def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return Recipe.model_validate(_merged(tomllib.loads(text), overrides or {}))
 
 
+def merge_overrides(
+    name: str, overrides: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Overrides of a built-in recipe with further ones on top.
+
+    Raises: ValueError for an unknown recipe or key.
+    """
+    recipe = read_recipe(name, overrides)
+    kept = {
+        section: values
+        for section, values in overrides.items()
+        if not _is_of_another_kind(_kind(recipe, section), changes.get(section))
+    }
+    return _merged(kept, changes)
+
+
+def _kind(recipe: Recipe, section: str) -> str | None:
+    kind: str | None = getattr(getattr(recipe, section), "kind", None)
+    return kind
+
+
+def _is_of_another_kind(before: Any, change: Any) -> bool:
+    kind = change.get("kind") if isinstance(change, dict) else None
+    return kind is not None and kind != before
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        is_section = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if is_section else value
+        before = base.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            kind = before.get("kind", value.get("kind"))
+            merged[key] = value if _is_of_another_kind(kind, value) else _merged(before, value)
+        else:
+            merged[key] = value
     return merged

@@ -90,7 +90,8 @@ def best_config(outcome: Outcome, winner: Trial) -> str:
     raw.pop("tune", None)
     train = raw.setdefault("train", {})
     train.pop("name", None)  # a name is that of one run
-    train["overrides"] = as_overrides(winner.values, outcome.config.train.overrides)
+    known = outcome.config.train
+    train["overrides"] = as_overrides(winner.values, known.recipe, known.overrides)
     if outcome.config.tune.max_epochs is not None:
         # The learning rate falls over so many.
         trainer = train.setdefault("trainer", {})

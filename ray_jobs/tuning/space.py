@@ -38,7 +38,7 @@ from pydantic import (
     model_validator,
 )
 
-from recsys.recipe import Recipe
+from recsys.recipe import Recipe, merge_overrides
 
 Value: TypeAlias = StrictBool | StrictInt | StrictFloat | StrictStr
 Values: TypeAlias = dict[str, bool | int | float | str]
@@ -244,18 +244,20 @@ class Space:
             yield from self._combine(others, points, {**values, path: value})
 
 
-def as_overrides(
-    values: Mapping[str, Any], base: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """`{"model.dim": 64}` as `{"model": {"dim": 64}}`, on top of other overrides."""
-    overrides = _copied(base or {})
+def as_overrides(values: Mapping[str, Any], recipe: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of a built-in recipe: `base`, and on top of it `{"model.dim": 64}` as
+    `{"model": {"dim": 64}}`. Another loss or objective begins with its own defaults.
+
+    Raises: ValueError for an unknown recipe or key.
+    """
+    changes: dict[str, Any] = {}
     for path, value in values.items():
         *parents, leaf = path.split(".")
-        section = overrides
+        section = changes
         for parent in parents:
             section = section.setdefault(parent, {})
         section[leaf] = value
-    return overrides
+    return merge_overrides(recipe, dict(base), changes)
 
 
 def refuse_unknown_path(path: str) -> None:
@@ -332,10 +334,3 @@ def _end_of(of_choice: Mapping[str, Any], end: int, path: str, parameter: Any) -
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _copied(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _copied(value) if isinstance(value, Mapping) else value
-        for key, value in overrides.items()
-    }

@@ -58,7 +58,7 @@ class SearchTask:
     def plan(self, values: Mapping[str, Any], seed: int) -> WorkerPlan:
         """A training with these values instead of the recipe's own. Raises: ValueError."""
         train = self.config.train
-        recipe = read_recipe(train.recipe, as_overrides(values, train.overrides))
+        recipe = read_recipe(train.recipe, as_overrides(values, train.recipe, train.overrides))
         # Minutes depend on what else runs; a plan in epochs does not.
         limits = {"max_epochs": self.max_epochs, "max_minutes": None}
         trainer = train.trainer.model_copy(update=limits)

@@ -50,3 +50,9 @@ def test_bidirectional_attention_is_not_trained_by_recency_sampling():
 def test_a_mask_is_not_learned_by_causal_attention():
     with pytest.raises(ValidationError, match=r"causal attention learns next-item or recency"):
         read_recipe("bert4rec", {"model": {"attention": "causal"}})
+
+
+def test_a_section_of_another_kind_begins_anew():
+    recipe = read_recipe("gsasrec", {"loss": {"kind": "full-softmax"}})
+    assert "calibration" not in recipe.loss.model_fields_set
+    assert read_recipe("gsasrec", {"loss": {"calibration": 0.5}}).loss.kind == "gbce"

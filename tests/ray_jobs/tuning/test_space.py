@@ -163,10 +163,24 @@ def test_ends_are_the_corners_of_each_choice(whole):
 
 def test_values_become_overrides_on_top_of_others():
     base = {"batch_size": 128, "model": {"dim": 32, "max_len": 20}}
-    merged = as_overrides({"model.dim": 64, "loss.kind": "bce"}, base)
+    merged = as_overrides({"model.dim": 64, "loss.kind": "bce"}, "bert4rec", base)
     assert merged == {
         "batch_size": 128,
         "model": {"dim": 64, "max_len": 20},
         "loss": {"kind": "bce"},
     }
     assert base["model"]["dim"] == 32
+
+
+def test_another_objective_or_loss_leaves_the_parameters_of_the_former_behind():
+    base = {"objective": {"mask_prob": 0.35}, "loss": {"kind": "gbce", "calibration": 0.5}}
+    values = {"model.attention": "causal", "objective.kind": "next-item", "loss.kind": "bce"}
+    merged = as_overrides(values, "bert4rec", base)
+    assert merged == {
+        "model": {"attention": "causal"},
+        "objective": {"kind": "next-item"},
+        "loss": {"kind": "bce"},
+    }
+    same = {"objective.kind": "masked-item", "objective.last_prob": 0.5}
+    kept = as_overrides(same, "bert4rec", base)["objective"]
+    assert kept == {"kind": "masked-item", "mask_prob": 0.35, "last_prob": 0.5}
