@@ -36,13 +36,13 @@ from ray_jobs.gates import (
 )
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.locks import held
 from ray_jobs.new_weeks import count_lake_rows, measure_weeks
 from ray_jobs.publish import publish_run
 from ray_jobs.retrain_report import write_retrain_report
 from ray_jobs.retrain_state import (
     Done,
     State,
-    held_by,
     read_state,
     retrains_folder,
     write_state,
@@ -84,7 +84,7 @@ def run(config: PipelineConfig) -> Report:
     """
     state = find_state(config)
     folder = retrains_folder(config) / state.name
-    with held_by(folder.parent, state.name):
+    with held(folder.parent / ".lock", "retraining", state.name):
         # Another process may have gone on while this one came to the lock.
         state = begun = read_state(folder) or state
         write_state(folder, state)

@@ -1,18 +1,13 @@
-"""How far a retraining has come, in a file that a later process goes on from, and the lock that
-keeps a second one out.
+"""How far a retraining has come, in a file that a later process goes on from.
 
 <root>/retrains/<name>/state.json   the finished steps with what they found
-<root>/retrains/.lock               held while one runs; says by whom
 """
 
-import fcntl
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,6 @@ from ray_jobs.errors import JobError
 from ray_jobs.gates import Verdict
 
 _STATE = "state.json"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -102,33 +96,6 @@ def write_state(folder: Path, state: State) -> None:
     temporary = folder / f".{_STATE}-{os.getpid()}"
     temporary.write_text(json.dumps(state.facts(), indent=1))
     os.replace(temporary, folder / _STATE)
-
-
-@contextmanager
-def held_by(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock of all retrainings; it is free again when this process ends, however it ends.
-
-    Raises: JobError that names the one that holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise JobError(
-                f"Another retraining is under way: {lock.read().strip() or 'it just began'}. Wait "
-                "until it ends, or stop it there."
-            ) from None
-        lock.truncate(0)
-        lock.write(_describe_holder(name))
-        lock.flush()
-        yield
-
-
-def _describe_holder(name: str) -> str:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"{name}, process {os.getpid()} on {socket.gethostname()}, since {since}"
 
 
 def _parse_step(step: Mapping[str, Any]) -> Done:

@@ -22,6 +22,7 @@ from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import Report, main
 from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.locks import held
 from ray_jobs.sequences_reader import (
     collect_tokens,
     learn_vocabulary,
@@ -45,11 +46,36 @@ _MAX_CHECKED = 2_000
 
 
 def run(config: PipelineConfig) -> Report:
-    """Searches, judges and writes. Raises: JobError, ConfigError, TableError, TrainingError."""
-    started = time.perf_counter()
+    """Searches, judges and writes.
+
+    Raises: JobError, when another process runs this search, among others; ConfigError, TableError,
+        TrainingError.
+    """
     space = read_space(config)
-    folder = _search_folder(config)
     searcher = make_searcher(config, space)
+    folder = _search_folder(config)
+    with held(folder / ".lock", "search of this name", folder.name):
+        return _run(config, space, searcher, folder)
+
+
+def _run(config: PipelineConfig, space: Space, searcher: Searcher, folder: Path) -> Report:
+    started = time.perf_counter()
+    task, data = _open(config, folder)
+    trials = search(
+        task, data, searcher, TrialLog(folder / "trials.jsonl"), first=default_values(config, space)
+    )
+    searched_s = time.perf_counter() - started
+    winner = best_trial(trials)
+    is_default = winner is None or winner.origin == "default"
+    verdict = None if winner is None or is_default else confirm(task, data, winner)
+    outcome = Outcome(folder.name, config, trials, task.max_epochs, verdict)
+    write_outcome(folder, outcome)
+    _publish(config, outcome)
+    return _report(folder, outcome, searched_s, time.perf_counter() - started)
+
+
+def _open(config: PipelineConfig, folder: Path) -> tuple[SearchTask, Data]:
+    """What all trials share, from the tables as they were when the search began."""
     began_with = _read_record(folder)
     sequences = open_sequences(config, began_with.get("sequences_version"))
     learned = learn_vocabulary(sequences, config, None, began_with.get("items_version"))
@@ -64,19 +90,7 @@ def run(config: PipelineConfig) -> Report:
     )
     tokens = load_tokens(sequences, config, learned.vocabulary)
     store = collect_tokens(tokens, len(learned.vocabulary.context.fields))
-    data, task = Data(store, tokens), SearchTask(config, learned.vocabulary, folder)
-
-    trials = search(
-        task, data, searcher, TrialLog(folder / "trials.jsonl"), first=default_values(config, space)
-    )
-    searched_s = time.perf_counter() - started
-    winner = best_trial(trials)
-    is_default = winner is None or winner.origin == "default"
-    verdict = None if winner is None or is_default else confirm(task, data, winner)
-    outcome = Outcome(folder.name, config, trials, task.max_epochs, verdict)
-    write_outcome(folder, outcome)
-    _publish(config, outcome)
-    return _report(folder, outcome, searched_s, time.perf_counter() - started)
+    return SearchTask(config, learned.vocabulary, folder), Data(store, tokens)
 
 
 def preview(config: PipelineConfig) -> dict[str, Any]:

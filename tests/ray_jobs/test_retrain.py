@@ -1,8 +1,6 @@
 """The weekly loop without its jobs: steps, gates, resuming, the lock, and the report."""
 
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,8 +10,9 @@ from ray_jobs import retrain
 from ray_jobs.config import StartConfig
 from ray_jobs.errors import JobError
 from ray_jobs.gates import Verdict
+from ray_jobs.locks import held
 from ray_jobs.retrain import Found, Step, configure, find_state, find_weeks, preview
-from ray_jobs.retrain_state import Done, State, held_by, read_state, write_state
+from ray_jobs.retrain_state import Done, State, read_state, write_state
 from recsys.artifact import publish
 from recsys.errors import ArtifactError
 from recsys.registry import promote
@@ -146,37 +145,12 @@ def test_what_it_began_with_stays_when_another_version_serves(config, configure_
 
 def test_a_second_one_at_the_same_time_is_refused_by_the_name_of_the_first(config, taken, tmp_path):
     with (
-        held_by(tmp_path / "synthetic" / "retrains", "first"),
+        held(tmp_path / "synthetic" / "retrains" / ".lock", "retraining", "first"),
         pytest.raises(JobError, match=r"under way: first, process \d+ on .*, since 20"),
     ):
         retrain.run(config)
     assert taken["steps"] == []
     retrain.run(config)
-
-
-HOLDS = """
-import pathlib, sys, time
-from ray_jobs.retrain_state import held_by
-
-with held_by(pathlib.Path(sys.argv[1]), "killed"):
-    print("holds", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_the_lock_of_one_that_was_killed_is_free(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "holds\n"
-        with (
-            pytest.raises(JobError, match=rf"under way: killed, process {other.pid} on "),
-            held_by(tmp_path, "second"),
-        ):
-            pass
-        other.kill()
-    with held_by(tmp_path, "second"):
-        assert "second" in (tmp_path / ".lock").read_text()
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])

@@ -17,6 +17,7 @@ from ray_jobs import train, tune
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import load_config
+from ray_jobs.locks import held
 from ray_jobs.tuning.search import search
 from ray_jobs.tuning.searchers import GridSearch
 from ray_jobs.tuning.trials import TrialLog
@@ -133,6 +134,15 @@ def test_the_default_is_tried_where_the_space_holds_it(tmp_path):
     )
     assert tune.default_values(elsewhere, tune.read_space(elsewhere)) is None
     assert tune.default_values(make_config(tmp_path, searcher="grid"), space) is None
+
+
+def test_a_second_driver_of_the_same_search_is_refused(tmp_path):
+    config = make_config(tmp_path, name="first")
+    with (
+        held(tmp_path / "tunes" / "first" / ".lock", "search of this name", "first"),
+        pytest.raises(JobError, match=r"Another search of this name is under way: first, process"),
+    ):
+        tune.run(config)
 
 
 def test_a_search_goes_on_with_what_it_began_with_alone(tmp_path):
