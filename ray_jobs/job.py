@@ -56,7 +56,8 @@ def main(
     arguments.
 
     Args:
-        preview: what a dry run finds out, without Ray, and shows beside the configuration.
+        preview: what a dry run finds out and shows beside the configuration; without Ray, unless
+            there is something that has to be measured.
     """
     arguments = parse_arguments(job, run.__module__, argv)
     logging.basicConfig(
