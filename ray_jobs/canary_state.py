@@ -41,9 +41,7 @@ class Watch:
         return replace(self, looks=(*self.looks, look))
 
 
-def open_watch(
-    config: PipelineConfig, serving: Serving, canary: str, now: datetime
-) -> Watch:
+def open_watch(config: PipelineConfig, serving: Serving, canary: str, now: datetime) -> Watch:
     """The watch of this canary as far as it has come, or a new one: visitors who moved between the
     versions when a share was changed can be compared no more.
 

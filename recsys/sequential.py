@@ -89,7 +89,9 @@ def measure_gap(
     if min(counts) < 2 or both * min(divisors) < LEAST_SUCCESSES:
         return None
     theirs, ours = (above / below for above, below in zip(successes, divisors, strict=True))
-    squares = _residual_squares(control, metric, theirs) + _residual_squares(treatment, metric, ours)
+    squares = _residual_squares(control, metric, theirs) + _residual_squares(
+        treatment, metric, ours
+    )
     user_variance = squares / (sum(counts) - 2)
     theirs_share, ours_share = (
         count / divisor**2 for count, divisor in zip(counts, divisors, strict=True)
@@ -101,9 +103,7 @@ def measure_gap(
     return Gap(theirs, ours, Interval(gap, gap - radius, gap + radius))
 
 
-def mixture_radius(
-    variance: ArrayLike, wanted: float, error_rate: float
-) -> NDArray[np.float64]:
+def mixture_radius(variance: ArrayLike, wanted: float, error_rate: float) -> NDArray[np.float64]:
     """Half the width of an interval around an estimate, which holds at all looks together.
 
     Args:
