@@ -11,8 +11,8 @@ AnswersLate looks at it.) Until the window after a list is over and the lake kno
 faults are seen. After `canary.max_days` it decides as `canary.at_end` says.
 
 Each decision is a line of DECISIONS.jsonl in the registry, which `ray_jobs.registry show` tells;
-each look is kept in `<storage root>/canaries`. `--dry-run` looks, says what it would do and why, and
-changes nothing. Safe to run again: a decision that a killed run noted and did not carry out is
+each look is kept in `<storage root>/canaries`. `--dry-run` looks, says what it would do and why,
+and changes nothing. Safe to run again: a decision that a killed run noted and did not carry out is
 looked at anew.
 """
 

@@ -16,7 +16,7 @@ from recsys.sequential import Gap, SequentialRatio, check_ratio_again, measure_g
 Decision = Literal["promote", "roll back", "wait"]
 
 _METRICS = ("click_through", "conversion")
-_NUM_INTERVALS = len(_METRICS) + 1
+NUM_INTERVALS = len(_METRICS) + 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def look_at(found: Tally, shown: Tally, share: float, days: float, limits: Canar
         shown: all lists, whatever became of them.
         share: of the canary among the visitors of both.
     """
-    rate = limits.error_rate / _NUM_INTERVALS
+    rate = limits.error_rate / NUM_INTERVALS
     degraded = measure_gap(
         shown.control, shown.treatment, DEGRADED, wanted=limits.max_degraded, error_rate=rate
     )
@@ -97,7 +97,7 @@ def _measure(name: str, control: Moments, treatment: Moments, limits: CanaryConf
         metric,
         # Without any success in control there is nothing to be said of it, whatever is wanted.
         wanted=limits.wanted_uplift * rate or 1.0,
-        error_rate=limits.error_rate / _NUM_INTERVALS,
+        error_rate=limits.error_rate / NUM_INTERVALS,
         least_uplift=bar,
     )
 

@@ -540,8 +540,9 @@ class CanaryConfig(Section):
     """The bar, relative to the champion: a canary is promoted when the interval of its primary
     metric lies above, and rolled back when it lies below; e.g. -0.01 allows a loss of one
     hundredth."""
-    wanted_uplift: float = Field(0.05, gt=0)
-    """Relative; uplifts of about this size are found soonest."""
+    wanted_uplift: float = Field(0.2, gt=0)
+    """Relative; uplifts of about this size are found soonest. Too much of it costs little, too
+    little of it much: below what the traffic can show in `max_days` nothing is decided earlier."""
     error_rate: float = Field(0.05, gt=0, lt=1)
     """How often at most any of the intervals misses the truth at any look; no wrong decision comes
     without that before `max_days`."""

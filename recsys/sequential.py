@@ -12,6 +12,7 @@ as true as the normal distribution is: `measure_gap` says nothing before there a
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +21,7 @@ from recsys.experiment import ALARM_BELOW, Metric, Moments
 from recsys.metrics import Interval
 
 LEAST_SUCCESSES = 20
-"""Expected in the smaller arm, if both are alike; of fewer the distribution is not nearly normal."""
+"""Expected in the smaller arm if both are alike; a distribution of fewer is not nearly normal."""
 _PRIOR_USERS = 1000
 """So many users the prior of the sample ratio is worth: shares that are off by a tenth are found
 early, and smaller faults later."""
@@ -61,6 +62,30 @@ class SequentialRatio:
         return self.evidence > 1 / ALARM_BELOW
 
 
+class Sums(NamedTuple):
+    """What a metric needs of one arm: sums over its users, each a number or `[looks]`."""
+
+    users: Any
+    above: Any
+    below: Any
+    above_above: Any
+    above_below: Any
+    below_below: Any
+
+    @classmethod
+    def of(cls, arm: Moments, metric: Metric) -> "Sums":
+        """At one look."""
+        above, below = metric.above, metric.below
+        return cls(
+            arm.num_users,
+            arm.total(above),
+            arm.total(below),
+            arm.product(above, above),
+            arm.product(above, below),
+            arm.product(below, below),
+        )
+
+
 def measure_gap(
     control: Moments,
     treatment: Moments,
@@ -70,40 +95,62 @@ def measure_gap(
     error_rate: float,
     least_uplift: float = 0.0,
 ) -> Gap | None:
-    """A metric of treatment against control, users being what is counted (the delta method of
-    `recsys.experiment`); None while there is too little to be said.
+    """A metric of treatment against control; None while there is too little to be said. For the
+    arguments see `measure_gaps`.
+    """
+    theirs, ours = Sums.of(control, metric), Sums.of(treatment, metric)
+    gaps, radii = measure_gaps(
+        theirs, ours, wanted=wanted, error_rate=error_rate, least_uplift=least_uplift
+    )
+    gap, radius = float(gaps), float(radii)
+    if math.isnan(gap):
+        return None
+    rates = [float(arm.above / arm.below) for arm in (theirs, ours)]
+    return Gap(*rates, Interval(gap, gap - radius, gap + radius))
 
-    The variance of a user is taken to be the same in both arms: that of a small arm alone would be
-    0 as long as nobody there has clicked.
+
+def measure_gaps(
+    control: Sums,
+    treatment: Sums,
+    *,
+    wanted: ArrayLike,
+    error_rate: float,
+    least_uplift: float = 0.0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Treatment less the bar, and half the width of the interval around it; NaN where there is too
+    little to be said.
+
+    Users are what is counted, by the delta method of `recsys.experiment`. Their variance is taken
+    to be the same in both arms: that of a small arm alone would be 0 as long as nobody there has
+    clicked.
 
     Args:
         wanted: the gap that the interval is made narrowest for, in units of the metric.
         error_rate: of all looks together.
         least_uplift: relative; control times one more than this is the bar.
     """
-    arms = (control, treatment)
-    counts = [arm.num_users for arm in arms]
-    divisors = [arm.total(metric.below) for arm in arms]
-    successes = [arm.total(metric.above) for arm in arms]
-    both = sum(successes) / max(1.0, sum(divisors))
-    if min(counts) < 2 or both * min(divisors) < LEAST_SUCCESSES:
-        return None
-    theirs, ours = (above / below for above, below in zip(successes, divisors, strict=True))
-    squares = _residual_squares(control, metric, theirs) + _residual_squares(
-        treatment, metric, ours
+    theirs, ours = (
+        Sums(*(np.asarray(one, np.float64) for one in arm)) for arm in (control, treatment)
     )
-    user_variance = squares / (sum(counts) - 2)
-    theirs_share, ours_share = (
-        count / divisor**2 for count, divisor in zip(counts, divisors, strict=True)
+    rate = (theirs.above + ours.above) / np.maximum(1, theirs.below + ours.below)
+    is_enough = (np.minimum(theirs.users, ours.users) >= 2) & (
+        rate * np.minimum(theirs.below, ours.below) >= LEAST_SUCCESSES
     )
-    bar = 1 + least_uplift
-    gap = ours - bar * theirs
-    variance = user_variance * (ours_share + bar**2 * theirs_share)
-    radius = float(mixture_radius(variance, wanted, error_rate))
-    return Gap(theirs, ours, Interval(gap, gap - radius, gap + radius))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = _residual_squares(theirs) + _residual_squares(ours)
+        user_variance = squares / (theirs.users + ours.users - 2)
+        bar = 1 + least_uplift
+        gap = ours.above / ours.below - bar * theirs.above / theirs.below
+        variance = user_variance * (
+            ours.users / ours.below**2 + bar**2 * theirs.users / theirs.below**2
+        )
+    variance = np.where(is_enough, variance, np.nan)
+    return np.where(is_enough, gap, np.nan), mixture_radius(variance, wanted, error_rate)
 
 
-def mixture_radius(variance: ArrayLike, wanted: float, error_rate: float) -> NDArray[np.float64]:
+def mixture_radius(
+    variance: ArrayLike, wanted: ArrayLike, error_rate: float
+) -> NDArray[np.float64]:
     """Half the width of an interval around an estimate, which holds at all looks together.
 
     Args:
@@ -111,9 +158,9 @@ def mixture_radius(variance: ArrayLike, wanted: float, error_rate: float) -> NDA
         wanted: the standard deviation of the mixture: the size of what is looked for.
     """
     v = np.asarray(variance, np.float64)
-    ratio = wanted**2 / np.where(v > 0, v, 1.0)
+    ratio = np.square(wanted) / np.where(v == 0, 1.0, v)
     square = 2 * v * (1 + 1 / ratio) * (np.log1p(ratio) / 2 - math.log(error_rate))
-    return np.where(v > 0, np.sqrt(square), 0.0)
+    return np.sqrt(square)
 
 
 def check_ratio_again(
@@ -134,15 +181,11 @@ def check_ratio_again(
     return SequentialRatio(num_control, num_treatment, expected_share, evidence)
 
 
-def _residual_squares(arm: Moments, metric: Metric, mean: float) -> float:
+def _residual_squares(arm: Sums) -> NDArray[np.float64]:
     """Squares of what each user's sum is above the mean's share of it, added up."""
-    above, below = metric.above, metric.below
-    squares = (
-        arm.product(above, above)
-        - 2 * mean * arm.product(above, below)
-        + mean**2 * arm.product(below, below)
-    )
-    return max(0.0, squares)
+    mean = arm.above / arm.below
+    squares = arm.above_above - 2 * mean * arm.above_below + mean**2 * arm.below_below
+    return np.maximum(0.0, squares)
 
 
 def _log_beta(a: float, b: float) -> float:

@@ -219,13 +219,13 @@ def test_a_watch_goes_on_until_it_is_over_or_its_share_changes(tmp_path):
 def test_a_damaged_watch_says_what_to_do(tmp_path):
     (tmp_path / "canaries").mkdir()
     (tmp_path / "canaries" / "v2-over-v1.json").write_text("{")
-    with pytest.raises(JobError, match="is damaged .* delete it, and the comparison begins anew"):
+    with pytest.raises(JobError, match=r"is damaged .* delete it, and the comparison begins anew"):
         open_watch(pipeline(tmp_path), Serving("v1", {"v2": 0.1}), "v2", START)
 
 
 def test_looks_need_a_folder():
     config = pipeline("s3://shop")
-    with pytest.raises(JobError, match="kept in a folder, not in s3://shop; set storage.root"):
+    with pytest.raises(JobError, match=r"kept in a folder, not in s3://shop; set storage\.root"):
         open_watch(config, Serving("v1", {"v2": 0.1}), "v2", START)
 
 
