@@ -553,6 +553,19 @@ class CanaryConfig(Section):
     known of the list but who gave it."""
 
 
+class WithdrawConfig(Section):
+    """Whose rows are taken out of the lake again; what is named together narrows the choice."""
+
+    retrain: str | None = None
+    """Name of a retraining that its data gates have refused: what its ingest brought."""
+    run: AwareDatetime | None = None
+    """When an ingest run began, to the microsecond, as its report (`ingested_at`) and a dry run of
+    this job say: what that run brought."""
+    files: tuple[str, ...] = ()
+    """Paths, names or patterns (`*`) of files that were ingested. Served events, which come from
+    the landing folder, are only withdrawn where a pattern names that folder."""
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -577,6 +590,7 @@ class PipelineConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     tune: TuneConfig = TuneConfig()
     canary: CanaryConfig = CanaryConfig()
+    withdraw: WithdrawConfig = WithdrawConfig()
 
 
 def expand(path: str) -> str:
