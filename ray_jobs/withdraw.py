@@ -95,8 +95,8 @@ def choose(config: PipelineConfig) -> list[Delivery]:
             "came in, as far back as the log of events reaches (30 days)."
         )
     # Rows that went to quarantine with an earlier run, which was then cut short.
-    digests = {one.digest for one in chosen if one.digest}
-    return [one for one in delivered if one in chosen or one.digest in digests]
+    named, digests = set(chosen), {one.digest for one in chosen if one.digest}
+    return [one for one in delivered if one in named or one.digest in digests]
 
 
 def _names_any(wanted: WithdrawConfig) -> bool:
