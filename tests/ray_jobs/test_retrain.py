@@ -117,7 +117,7 @@ def test_a_closed_gate_stops_it_for_good_with_a_report(config, taken, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert (report["passed"], report["stopped_at"]) == (False, "gate-data")
     assert "CLOSED" in (folder / "report.html").read_text()
-    assert "restore the versions of events and quarantine before it" in report["outcome"]
+    assert "ray_jobs.withdraw with withdraw.retrain = w5 takes out" in report["outcome"]
     found = metrics_of(tmp_path)
     assert found["nextitem_retrain_passed", None] == 0
     assert found["nextitem_retrain_gate_passed", "gate-ingest"] == 1
