@@ -1,10 +1,10 @@
 """Why a job failed, in the one sentence that our own errors are, wherever in the cluster they were
 raised.
 
-What a task or an actor raises comes back as a RayTaskError, which has the traceback of the worker as
-its text and the error itself as its cause. A function of Ray Data would hand on the text alone:
-`keep_reasons` makes Ray Data raise what was raised. What the constructor of an actor raises is lost
-but for its text, so ours open what may be missing in the driver first.
+What a task or an actor raises comes back as a RayTaskError, which has the traceback of the worker
+as its text and the error itself as its cause. A function of Ray Data would hand on the text alone:
+`keep_reasons` makes Ray Data raise what was raised. Of what the constructor of an actor raises only
+the text is left.
 """
 
 import logging

@@ -54,10 +54,10 @@ def run(config: PipelineConfig) -> Report:
 def preview(config: PipelineConfig) -> dict[str, Any]:
     """Which files would be withdrawn with how many rows; what there is, where none is named."""
     if not _names_any(config.withdraw):
-        return {"delivered": [one.facts() for one in _listed(config)]}
+        return {"delivered": _list(_delivered(config))}
     chosen = choose(config)
     return {
-        "withdraw": [one.facts() for one in chosen[:_MAX_LISTED]],
+        "withdraw": _list(chosen),
         "files": len({one.path for one in chosen}),
         **count(config, chosen, run_here),
         "duplicates_since": _count_duplicates(config, chosen),
@@ -158,10 +158,10 @@ def _delivered(config: PipelineConfig) -> list[Delivery]:
     return sorted(found, key=lambda one: -one.ingested_us)
 
 
-def _listed(config: PipelineConfig) -> list[Delivery]:
-    """The newest files, each once."""
-    newest = {(one.path, one.ingested_us): one for one in _delivered(config)}
-    return list(newest.values())[:_MAX_LISTED]
+def _list(deliveries: Sequence[Delivery]) -> list[dict[str, Any]]:
+    """The first of them for a person, each file of a run once though two tables have its rows."""
+    files = {(one.path, one.ingested_us): one for one in deliveries}
+    return [one.facts() for one in files.values()][:_MAX_LISTED]
 
 
 def _count_duplicates(config: PipelineConfig, chosen: Sequence[Delivery]) -> int:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from data_lake.errors import ConflictError
+from data_lake.sequences import SequencesConfig
 from data_lake.tables import commit_parts
 from data_lake.withdrawal import Delivery
 from data_lake.withdrawal import withdraw as withdraw_rows
@@ -27,6 +28,11 @@ def chosen(**named):
     return pipeline().model_copy(update={"withdraw": WithdrawConfig(**named)})
 
 
+def keeping_all():
+    """Users of one event have a sequence too."""
+    return pipeline().model_copy(update={"sequences": SequencesConfig(min_user_events=1)})
+
+
 def pairs(home):
     return sorted((row["user_id"], row["item_id"]) for row in read(home, "events"))
 
@@ -42,7 +48,7 @@ def broken(shop, ray_cluster):  # noqa: F811
 
 @pytest.mark.ray
 def test_a_broken_file_leaves_and_its_correction_comes_in(broken):
-    build_sequences.run(pipeline())
+    build_sequences.run(keeping_all())
     config = chosen(files=["2.csv"])
     would = withdraw.preview(config)
     assert (would["files"], would["events_rows"], would["quarantine_rows"]) == (1, 2, 1)
@@ -54,7 +60,7 @@ def test_a_broken_file_leaves_and_its_correction_comes_in(broken):
     assert pairs(broken) == [("u1", "i1"), ("u2", "i2")]
     assert read(broken, "quarantine") == []
     assert withdraw.run(config).headline.startswith("0 rows")
-    build_sequences.run(pipeline())
+    build_sequences.run(keeping_all())
     assert {row["user_id"]: row["item_ids"] for row in read(broken, "sequences")} == {
         "u1": ["i1"],
         "u2": ["i2"],
