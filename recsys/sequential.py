@@ -105,8 +105,8 @@ def measure_gap(
     gap, radius = float(gaps), float(radii)
     if math.isnan(gap):
         return None
-    rates = [float(arm.above / arm.below) for arm in (theirs, ours)]
-    return Gap(*rates, Interval(gap, gap - radius, gap + radius))
+    interval = Interval(gap, gap - radius, gap + radius)
+    return Gap(theirs.above / theirs.below, ours.above / ours.below, interval)
 
 
 def measure_gaps(
@@ -185,7 +185,7 @@ def _residual_squares(arm: Sums) -> NDArray[np.float64]:
     """Squares of what each user's sum is above the mean's share of it, added up."""
     mean = arm.above / arm.below
     squares = arm.above_above - 2 * mean * arm.above_below + mean**2 * arm.below_below
-    return np.maximum(0.0, squares)
+    return np.maximum(0.0, np.asarray(squares, np.float64))
 
 
 def _log_beta(a: float, b: float) -> float:
