@@ -4,8 +4,8 @@ broken feed, before it is delivered anew.
     python -m ray_jobs.withdraw --config synthetic --dry-run
     python -m ray_jobs.withdraw --config synthetic --set withdraw.retrain=2026-W47
 
-A dry run counts the rows; where nothing is named it lists what came in, newest first. Exactly those
-rows go, in one commit a table; what other runs bring meanwhile stays. A run that was killed goes on
+A dry run counts the rows; where nothing is named it lists what came in but for served events,
+newest first. Exactly those rows go, in one commit a table; what other runs bring meanwhile stays. A run that was killed goes on
 when it is started again. Sequences, histories and lists follow at their next build.
 
 The files stay known: the same bytes are not ingested again (`ingest.again` does), corrected ones
@@ -54,7 +54,9 @@ def run(config: PipelineConfig) -> Report:
 def preview(config: PipelineConfig) -> dict[str, Any]:
     """Which files would be withdrawn with how many rows; what there is, where none is named."""
     if not _names_any(config.withdraw):
-        return {"delivered": _list(_delivered(config))}
+        # Served events come every hour, and would be all that is listed.
+        landing = config.storage.landing_uri
+        return {"delivered": _list([one for one in _delivered(config) if one.path != landing])}
     chosen = choose(config)
     return {
         "withdraw": _list(chosen),
