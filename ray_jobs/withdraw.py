@@ -5,8 +5,9 @@ broken feed, before it is delivered anew.
     python -m ray_jobs.withdraw --config synthetic --set withdraw.retrain=2026-W47
 
 A dry run counts the rows; where nothing is named it lists what came in but for served events,
-newest first. Exactly those rows go, in one commit a table; what other runs bring meanwhile stays. A run that was killed goes on
-when it is started again. Sequences, histories and lists follow at their next build.
+newest first. Exactly those rows go, in one commit a table; what other runs bring meanwhile stays. A
+run that was killed goes on when it is started again. Sequences, histories and lists follow at their
+next build.
 
 The files stay known: the same bytes are not ingested again (`ingest.again` does), corrected ones
 are, under whatever name. Deliver them afterwards: an ingest under way is told to run again. See
