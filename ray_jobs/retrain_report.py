@@ -80,7 +80,8 @@ def _describe_serving(state: State) -> str:
         return f"{version} serves."
     return (
         f"{version} meets {shares[version]:.0%} of the visitors beside {state.champion}; "
-        f"python -m ray_jobs.registry promote {version} gives it all of them, rollback none."
+        "python -m ray_jobs.canary promotes it or rolls it back when they have shown which is "
+        f"better, and ray_jobs.registry promote {version} or rollback at once."
     )
 
 
