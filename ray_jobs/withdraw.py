@@ -19,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
-from data_lake.maintenance import RunAll, run_here
 from data_lake.tables import open_table, table_exists
 from data_lake.withdrawal import (
     TABLES,
@@ -59,21 +58,13 @@ def preview(config: PipelineConfig) -> dict[str, Any]:
         landing = config.storage.landing_uri
         return {"delivered": _list([one for one in _delivered(config) if one.path != landing])}
     chosen = choose(config)
+    lake_uri, options = config.storage.lake_uri, config.storage.options
+    rows = {f"{name}_rows": count_delivered(lake_uri, name, chosen, options) for name in TABLES}
     return {
         "withdraw": _list(chosen),
         "files": len({one.path for one in chosen}),
-        **count(config, chosen, run_here),
+        **rows,
         "duplicates_since": _count_duplicates(config, chosen),
-    }
-
-
-def count(
-    config: PipelineConfig, chosen: Sequence[Delivery], run_all: RunAll[Any, Any]
-) -> dict[str, int]:
-    """Rows of deliveries that each table holds."""
-    lake_uri, options = config.storage.lake_uri, config.storage.options
-    return {
-        f"{name}_rows": count_delivered(lake_uri, name, chosen, options, run_all) for name in TABLES
     }
 
 
@@ -86,10 +77,9 @@ def choose(config: PipelineConfig) -> list[Delivery]:
             "withdraw.files. --dry-run lists what came in."
         )
     runs = _find_runs(config)
-    delivered = _delivered(config)
     chosen = [
         one
-        for one in delivered
+        for one in _delivered(config)
         if (runs is None or one.ingested_us in runs) and _is_named(one, config)
     ]
     if not chosen:
@@ -97,9 +87,20 @@ def choose(config: PipelineConfig) -> list[Delivery]:
             f"No file that was ingested fits {_describe(wanted)}; --dry-run without it lists what "
             "came in, as far back as the log of events reaches (30 days)."
         )
-    # Rows that went to quarantine with an earlier run, which was then cut short.
-    named, digests = set(chosen), {one.digest for one in chosen if one.digest}
-    return [one for one in delivered if one in named or one.digest in digests]
+    return [*chosen, *_cut_short(config, chosen)]
+
+
+def _cut_short(config: PipelineConfig, chosen: Sequence[Delivery]) -> list[Delivery]:
+    """Of the same bytes: what earlier runs put into quarantine, and no more, for they were cut
+    short then.
+    """
+    came = {(one.digest, one.ingested_us) for one in _delivered_to(config, "events")}
+    digests = {one.digest for one in chosen if one.digest}
+    return [
+        one
+        for one in _delivered_to(config, "quarantine")
+        if one.digest in digests and (one.digest, one.ingested_us) not in came
+    ]
 
 
 def _names_any(wanted: WithdrawConfig) -> bool:
@@ -155,10 +156,16 @@ def _is_named(one: Delivery, config: PipelineConfig) -> bool:
 
 def _delivered(config: PipelineConfig) -> list[Delivery]:
     """Everything that the logs have a note of, the newest run first."""
-    lake_uri, options = config.storage.lake_uri, config.storage.options
-    tables = [name for name in TABLES if table_exists(lake_uri, name, options)]
-    found = [one for name in tables for one in read_deliveries(open_table(lake_uri, name, options))]
+    found = [one for name in TABLES for one in _delivered_to(config, name)]
     return sorted(found, key=lambda one: -one.ingested_us)
+
+
+def _delivered_to(config: PipelineConfig, name: str) -> list[Delivery]:
+    """What the log of one table has a note of."""
+    lake_uri, options = config.storage.lake_uri, config.storage.options
+    if not table_exists(lake_uri, name, options):
+        return []
+    return read_deliveries(open_table(lake_uri, name, options))
 
 
 def _list(deliveries: Sequence[Delivery]) -> list[dict[str, Any]]:
@@ -169,12 +176,9 @@ def _list(deliveries: Sequence[Delivery]) -> list[dict[str, Any]]:
 
 def _count_duplicates(config: PipelineConfig, chosen: Sequence[Delivery]) -> int:
     events = open_table(config.storage.lake_uri, "events", config.storage.options)
-    ours = [one for one in read_deliveries(events) if one.ingested_us in _runs(chosen)]
+    runs = {one.ingested_us for one in chosen}
+    ours = [one for one in read_deliveries(events) if one.ingested_us in runs]
     return count_duplicates_since(events, ours) if ours else 0
-
-
-def _runs(chosen: Sequence[Delivery]) -> set[int]:
-    return {one.ingested_us for one in chosen}
 
 
 def _headline(figures: dict[str, Any]) -> str:

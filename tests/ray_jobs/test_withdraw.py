@@ -133,6 +133,27 @@ def test_a_refused_retraining_names_what_its_ingest_brought(broken):
     assert (would["files"], would["events_rows"]) == (1, 2)
 
 
+@pytest.mark.ray
+def test_rows_that_a_run_which_was_cut_short_put_into_quarantine_go_too(
+    shop,  # noqa: F811
+    ray_cluster,
+    monkeypatch,
+):
+    def be_killed(*arguments):
+        raise KeyboardInterrupt
+
+    write_csv(shop / "events" / "2.csv", BROKEN)
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_commit_events", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            ingest.run(pipeline())
+    run = datetime.fromisoformat(ingest.run(pipeline()).figures["ingested_at"])
+    assert len(read(shop, "quarantine")) == 1
+
+    assert withdraw.run(chosen(run=run)).figures["quarantine_rows_withdrawn"] == 1
+    assert read(shop, "quarantine") == read(shop, "events") == []
+
+
 def refuse(figures, *, passed=False):
     """Notes a retraining whose data passed a gate, or did not."""
     verdict = Verdict("volume-low", passed, 0.1, 0.5, "few events")
