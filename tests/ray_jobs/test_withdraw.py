@@ -16,7 +16,7 @@ from ray_jobs.config import WithdrawConfig
 from ray_jobs.errors import JobError
 from ray_jobs.gates import Verdict
 from ray_jobs.retrain_state import Done, State, retrains_folder, write_state
-from tests.ray_jobs.test_ingest import counts, pipeline, read, shop, write_csv  # noqa: F401
+from tests.ray_jobs.test_ingest import counts, pipeline, read, write_csv
 
 GOOD = ("u1,i1,view,1000000000", "u2,i2,view,1000000001")
 BROKEN = ("u1,i7,view,1000000002", "u3,i7,view,1000000003", ",i7,view,1000000004")
@@ -38,7 +38,15 @@ def pairs(home):
 
 
 @pytest.fixture
-def broken(shop, ray_cluster):  # noqa: F811
+def shop(tmp_path, monkeypatch):
+    """An empty shop below `$SHOP`."""
+    monkeypatch.setenv("SHOP", str(tmp_path))
+    (tmp_path / "events").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def broken(shop, ray_cluster):
     """A lake with a good file, then a broken one."""
     for name, lines in (("1.csv", GOOD), ("2.csv", BROKEN)):
         write_csv(shop / "events" / name, lines)
@@ -135,9 +143,7 @@ def test_a_refused_retraining_names_what_its_ingest_brought(broken):
 
 @pytest.mark.ray
 def test_rows_that_a_run_which_was_cut_short_put_into_quarantine_go_too(
-    shop,  # noqa: F811
-    ray_cluster,
-    monkeypatch,
+    shop, ray_cluster, monkeypatch
 ):
     def be_killed(*arguments):
         raise KeyboardInterrupt
@@ -163,13 +169,13 @@ def refuse(figures, *, passed=False):
     return state
 
 
-def test_a_retraining_that_was_not_refused_gives_nothing_up(shop):  # noqa: F811
+def test_a_retraining_that_was_not_refused_gives_nothing_up(shop):
     refuse({"files": 1, "ingested_at": "2026-01-05T00:00:00+00:00"}, passed=True)
     with pytest.raises(JobError, match="w1 was not refused by a gate of its data"):
         withdraw.run(chosen(retrain="w1"))
 
 
-def test_a_retraining_that_brought_no_files_says_where_to_look(shop):  # noqa: F811
+def test_a_retraining_that_brought_no_files_says_where_to_look(shop):
     refuse({"files": 0, "ingested_at": "2026-01-05T00:00:00+00:00"})
     with pytest.raises(JobError, match=r"w1 brought no files, .* --dry-run lists what came in"):
         withdraw.run(chosen(retrain="w1"))
@@ -183,12 +189,12 @@ def test_a_retraining_that_brought_no_files_says_where_to_look(shop):  # noqa: F
         ({"files": ["x.csv"]}, r"No file that was ingested fits withdraw.files = \['x.csv'\]"),
     ],
 )
-def test_what_cannot_be_found_is_said(shop, named, message):  # noqa: F811
+def test_what_cannot_be_found_is_said(shop, named, message):
     with pytest.raises(JobError, match=message):
         withdraw.run(chosen(**named))
 
 
-def test_served_events_are_named_by_their_folder_alone(shop):  # noqa: F811
+def test_served_events_are_named_by_their_folder_alone(shop):
     config = chosen(files=["*.csv"])
     landing = Delivery(config.storage.landing_uri, "", 0, 1, 0)
     file = replace(landing, path="/data/2.csv")
