@@ -27,7 +27,7 @@ from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.http_checks import Check, check_endpoint, example_user
 from ray_jobs.http_path import plan_http_path
 from ray_jobs.job import Report, builtin_configs, load_config
-from ray_jobs.reasons import OURS, keep_reasons, reason_of
+from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 from ray_jobs.runs import open_run
 
 _OBJECT_STORE_BYTES = 1_000_000_000
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shortfalls = run_demo(config, serve_only=arguments.serve_only)
             wait_or_exit(arguments.exit, shortfalls)
     except OURS as error:
-        print(f"\ndemo failed: {reason_of(error)}", file=sys.stderr, flush=True)
+        print(f"\ndemo failed: {sentence_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     finally:
         ray.shutdown()

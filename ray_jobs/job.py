@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from ray_jobs.config import CONFIGS, PipelineConfig
 from ray_jobs.errors import ConfigError
-from ray_jobs.reasons import OURS, keep_reasons, reason_of
+from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 
 log = logging.getLogger(__name__)
 
@@ -192,5 +192,5 @@ def _readable(value: Any) -> str:
 
 
 def _fail(job: str, error: Exception, status: int) -> None:
-    print(f"{job} failed: {reason_of(error)}", file=sys.stderr, flush=True)
+    print(f"{job} failed: {sentence_of(error)}", file=sys.stderr, flush=True)
     raise SystemExit(status)

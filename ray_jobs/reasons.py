@@ -20,6 +20,8 @@ OURS = (LakeError, RecsysError, JobError, OSError)
 """What is raised on purpose, or says by itself what is wrong: nobody needs its traceback."""
 _TALKATIVE = ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state")
 """Loggers that would show the traceback, and ask to report it as a fault of Ray."""
+_NOTE = "\nFailed to apply UDF transform after "
+"""With that Ray Data begins what it adds to the text of an error on how often it has tried."""
 
 
 def keep_reasons() -> None:
@@ -40,6 +42,11 @@ def reason_of(error: BaseException) -> BaseException:
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def sentence_of(error: BaseException) -> str:
+    """What the error itself says, and nothing of what Ray says of it."""
+    return str(reason_of(error)).partition(_NOTE)[0]
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

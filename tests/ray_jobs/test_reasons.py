@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from data_lake.errors import TableError
 from ray_jobs import build_sequences
 from ray_jobs.job import main
-from ray_jobs.reasons import _is_unexpected, keep_reasons, reason_of
+from ray_jobs.reasons import _is_unexpected, keep_reasons, reason_of, sentence_of
 from recsys.errors import ArtifactError
 
 SENTENCE = "The bucket cannot be written; give the job room."
@@ -63,9 +63,8 @@ def test_a_reason_survives_a_dataset_within_a_task(ray_cluster):
     refused = ray.data.range(1).map_batches(refuse)
     with pytest.raises(RayTaskError) as caught:
         ray.get(ray.remote(lambda dataset: dataset.take_all()).remote(refused))
-    reason = reason_of(caught.value)
-    assert type(reason) is TableError
-    assert str(reason) == SENTENCE
+    assert type(reason_of(caught.value)) is TableError
+    assert sentence_of(caught.value) == SENTENCE
 
 
 def test_an_error_of_this_process_is_its_own_reason():
