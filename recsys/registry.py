@@ -170,9 +170,11 @@ def end_canary(root: Path, version: str) -> Serving:
 
 def record_decision(root: Path, decision: Mapping[str, Any]) -> None:
     """Notes what was decided on a version, under `version`, before it is done."""
-    line = json.dumps(decision)
-    with _locked(root), (root / _DECISIONS).open("a") as file:
-        file.write(f"{line}\n")
+    path = root / _DECISIONS
+    with _locked(root), path.open("a") as file:
+        # A line that was cut off stays a line of its own.
+        is_cut = path.read_bytes()[-1:] not in (b"", b"\n")
+        file.write("\n" * is_cut + json.dumps(decision) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -253,4 +253,6 @@ def test_decisions_are_told_by_version_and_a_line_that_was_cut_off_is_passed_ove
         record_decision(root, {"version": version, "decision": decision})
     with (root / "DECISIONS.jsonl").open("a") as file:
         file.write('{"version": "20260101", "deci')
-    assert read_decisions(root, "20260101") == [{"version": "20260101", "decision": "promote"}]
+    record_decision(root, {"version": "20260101", "decision": "wait"})
+    found = [decision["decision"] for decision in read_decisions(root, "20260101")]
+    assert found == ["promote", "wait"]
