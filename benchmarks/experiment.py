@@ -128,6 +128,7 @@ def draw_experiment(traffic: Traffic, rng: np.random.Generator) -> tuple[Moments
         "bought_lists": bought_U,
         "buyers": bought_U > 0,
         "before": np.log1p(rng.poisson(traffic.mean_lists * activity_U * rate_U / CLICK_RATE)),
+        "degraded_lists": np.zeros(num_users),
     }
     values_UC = np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float64)
     return Moments.of(values_UC[~is_treated_U]), Moments.of(values_UC[is_treated_U])

@@ -20,7 +20,8 @@ from data_lake.storage import Options
 from data_lake.tables import Part as WrittenPart
 from data_lake.written import Written, write_rows
 
-_ROWS_OF_A_PART = 2**32
+ROWS_OF_A_PART = 2**32
+"""At most: the arrival of a row is its place in its part, and so many for each part before."""
 _BATCH_ROWS = 500_000
 """Events that are handed on at a time: enough for few pieces, and few enough for memory."""
 
@@ -133,7 +134,7 @@ def complete_events(rows: pa.Table, task: PartTask, target: Target, first_row: i
     """
     if "event_id" not in rows.column_names:
         rows = rows.append_column("event_id", derive_event_ids(rows))
-    arrival = task.index * _ROWS_OF_A_PART + first_row + np.arange(rows.num_rows)
+    arrival = task.index * ROWS_OF_A_PART + first_row + np.arange(rows.num_rows)
     buckets = bucket_of(rows["user_id"], target.num_buckets)
     rows = rows.append_column("arrival", pa.array(arrival, pa.int64()))
     return rows.append_column(PARTITION, pa.array(buckets, pa.int32()))

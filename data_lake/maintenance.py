@@ -145,7 +145,7 @@ def forget_users(
         found = (run_all or run_here)(erase, _files_of_users(table, user_ids))
         return [one for one in found if one is not None]
 
-    return _replace_files(place, find, is_change=True)
+    return replace_files(place, find, is_change=True)
 
 
 def compact(
@@ -171,7 +171,7 @@ def compact(
         merge = partial(_merged, place=place)
         return (run_all or run_here)(merge, _small_files(table, target_bytes))
 
-    _replace_files(place, find, is_change=False)
+    replace_files(place, find, is_change=False)
 
 
 def vacuum(
@@ -298,10 +298,22 @@ def run_here(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
     return [function(argument) for argument in arguments]
 
 
-def _replace_files(
-    place: Place, find: Callable[[DeltaTable], list[Replacement]], *, is_change: bool
+def replace_files(
+    place: Place,
+    find: Callable[[DeltaTable], list[Replacement]],
+    *,
+    is_change: bool,
+    app_ids: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Finds and commits replacements until there are none; returns how many rows are gone."""
+    """Finds and commits replacements until there are none; returns how many rows are gone.
+
+    Args:
+        app_ids: of transactions, beside our own, that a commit is told apart by.
+        metadata: what the log says of each commit.
+
+    Raises: ConflictError when other writers win five times.
+    """
     num_gone = num_conflicts = 0
     while num_conflicts < _MAX_CONFLICTS:
         table = place.open()
@@ -309,7 +321,7 @@ def _replace_files(
         if not replacements:
             return num_gone
         try:
-            _commit(table, replacements, is_change=is_change)
+            _commit(table, replacements, app_ids, metadata, is_change=is_change)
         except CommitFailedError as error:
             log.info("%s: %s", place.name, error)
             num_conflicts += 1
@@ -322,21 +334,31 @@ def _replace_files(
     )
 
 
-def _commit(table: DeltaTable, replacements: Sequence[Replacement], *, is_change: bool) -> None:
+def _commit(
+    table: DeltaTable,
+    replacements: Sequence[Replacement],
+    app_ids: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+    *,
+    is_change: bool,
+) -> None:
+    now_us = time.time_ns() // 1_000
     removed = [
         file.remove_action(is_change=is_change) for one in replacements for file in one.removed
     ]
     added: list[AddAction] = [
         replace(one.part.add_action(), data_change=is_change) for one in replacements if one.part
     ]
-    now_us = time.time_ns() // 1_000
     table.create_write_transaction(
         actions=[*removed, *added],
         mode="append",
         schema=table.schema(),
         partition_by=table.metadata().partition_columns or None,
-        # Of two at a time, which would both write the rows of the same files, one loses.
-        commit_properties=CommitProperties(app_transactions=[Transaction(_APP_ID, now_us)]),
+        commit_properties=CommitProperties(
+            custom_metadata=dict(metadata or {}),
+            # Of two at a time, which would both write the rows of the same files, one loses.
+            app_transactions=[Transaction(app_id, now_us) for app_id in (_APP_ID, *app_ids)],
+        ),
     )
 
 
@@ -346,7 +368,7 @@ def _discard(place: Place, replacements: Sequence[Replacement]) -> None:
             delete_file(place.uri_of(one.part.path), place.options)
 
 
-def _live_files(table: DeltaTable) -> list[LiveFile]:
+def live_files(table: DeltaTable) -> list[LiveFile]:
     """In order of bucket and time, so that merged rows stand in order of arrival."""
     actions = pa.table(table.get_add_actions(flatten=True))
     partition = f"partition.{PARTITION}"
@@ -364,7 +386,7 @@ def _live_files(table: DeltaTable) -> list[LiveFile]:
 
 def _files_of_users(table: DeltaTable, user_ids: Sequence[str]) -> list[LiveFile]:
     """Files that may hold rows of users: those of their buckets, or all of a table without."""
-    files = _live_files(table)
+    files = live_files(table)
     if not table.metadata().partition_columns:
         return files
     ids = as_ids(user_ids, pa.schema(table.schema()).field("user_id").type)
@@ -376,7 +398,7 @@ def _small_files(table: DeltaTable, target_bytes: int) -> list[tuple[LiveFile, .
     """Files that fit into one, of the same bucket and next to each other in time."""
     groups: list[list[LiveFile]] = []
     size = 0
-    for file in _live_files(table):
+    for file in live_files(table):
         size += file.size_bytes
         if groups and groups[-1][0].bucket == file.bucket and size <= target_bytes:
             groups[-1].append(file)
@@ -396,15 +418,15 @@ def _without_users(
     if not is_gone.any():
         return None
     kept = read_files([uri], options=place.options).filter(pa.array(~is_gone))
-    return Replacement((file,), _write(kept, file.bucket, place), int(is_gone.sum()))
+    return Replacement((file,), write_rest(kept, file.bucket, place), int(is_gone.sum()))
 
 
 def _merged(files: tuple[LiveFile, ...], *, place: Place) -> Replacement:
     rows = read_files([place.uri_of(file.path) for file in files], options=place.options)
-    return Replacement(files, _write(rows, files[0].bucket, place), 0)
+    return Replacement(files, write_rest(rows, files[0].bucket, place), 0)
 
 
-def _write(rows: pa.Table, bucket: int | None, place: Place) -> Part | None:
+def write_rest(rows: pa.Table, bucket: int | None, place: Place) -> Part | None:
     if not rows.num_rows:
         return None
     return write_part(place.lake_uri, place.name, rows, bucket, place.options)
@@ -458,7 +480,7 @@ def _versions_since(table: DeltaTable, hours: int) -> list[int] | None:
 
 def _tracer(place: Place) -> Callable[[str, datetime], Trace]:
     """Turns the URI of a file of a table, and when it was written, into a trace."""
-    live = {place.uri_of(file.path) for file in _live_files(place.open())}
+    live = {place.uri_of(file.path) for file in live_files(place.open())}
     removed_at: dict[str, datetime] = {}
     for log_file in _log_files(place):
         for action in _read_actions(log_file, place.options):

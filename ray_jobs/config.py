@@ -522,6 +522,50 @@ class TuneConfig(Section):
         )
 
 
+class CanaryConfig(Section):
+    """When a canary is promoted or rolled back by itself; see `ray_jobs.canary`."""
+
+    start: AwareDatetime | None = None
+    """Lists from then on count; some minutes after the first look at a canary by default."""
+    settle_minutes: float = Field(10, ge=0)
+    """So long after the first look every process has loaded the canary."""
+    max_days: float = Field(6, gt=0)
+    """After so many the decision is taken by `at_end`; fewer than lie between two retrainings, or a
+    canary meets the next one."""
+    at_end: Literal["better", "promote", "roll back"] = "better"
+    """better: promoted if the primary metric is over the bar, however little, else rolled back."""
+    primary: Literal["click_through", "conversion"] = "click_through"
+    """The metric that promotes; both roll back."""
+    least_uplift: float = Field(0.0, gt=-1)
+    """The bar, relative to the champion: a canary is promoted when the interval of its primary
+    metric lies above, and rolled back when it lies below; e.g. -0.01 allows a loss of one
+    hundredth."""
+    wanted_uplift: float = Field(0.2, gt=0)
+    """Relative; uplifts of about this size are found soonest. Too much of it costs little, too
+    little of it much: below what the traffic can show in `max_days` nothing is decided earlier."""
+    error_rate: float = Field(0.05, gt=0, lt=1)
+    """How often at most any of the intervals misses the truth at any look; no wrong decision comes
+    without that before `max_days`."""
+    max_degraded: float = Field(0.02, gt=0, lt=1)
+    """Share of lists from a lower rung above the champion's that a canary is rolled back for."""
+    window_hours: float = Field(6, gt=0)
+    """For so long after a list an event on one of its items counts for it; until then nothing is
+    known of the list but who gave it."""
+
+
+class WithdrawConfig(Section):
+    """Whose rows are taken out of the lake again; what is named together narrows the choice."""
+
+    retrain: str | None = None
+    """Name of a retraining that its data gates have refused: what its ingest brought."""
+    run: AwareDatetime | None = None
+    """When an ingest run began, to the microsecond, as its report (`ingested_at`) and a dry run of
+    this job say: what that run brought."""
+    files: tuple[str, ...] = ()
+    """Paths, names or patterns (`*`) of files that were ingested. Served events, which come from
+    the landing folder, are only withdrawn where a pattern names that folder."""
+
+
 class PipelineConfig(Section):
     """The whole road; a job looks at `seed`, `storage` and its own section."""
 
@@ -545,6 +589,8 @@ class PipelineConfig(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     monitor: MonitorConfig = MonitorConfig()
     tune: TuneConfig = TuneConfig()
+    canary: CanaryConfig = CanaryConfig()
+    withdraw: WithdrawConfig = WithdrawConfig()
 
 
 def expand(path: str) -> str:

@@ -20,16 +20,15 @@ from pathlib import Path
 import ray
 import ray.data
 
-from data_lake.errors import LakeError
 from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
 from ray_jobs.config import PipelineConfig, ServeConfig
 from ray_jobs.datasets import ensure_dataset
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.http_checks import Check, check_endpoint, example_user
 from ray_jobs.http_path import plan_http_path
-from ray_jobs.job import Report, builtin_configs, load_config, reason_of
+from ray_jobs.job import Report, builtin_configs, load_config
+from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 from ray_jobs.runs import open_run
-from recsys.errors import RecsysError
 
 _OBJECT_STORE_BYTES = 1_000_000_000
 _NEEDED_BYTES = 4_000_000_000
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             start_ray(config.serve, Path(folder))
             shortfalls = run_demo(config, serve_only=arguments.serve_only)
             wait_or_exit(arguments.exit, shortfalls)
-    except (LakeError, RecsysError, JobError, OSError) as error:
-        print(f"\ndemo failed: {reason_of(error)}", file=sys.stderr, flush=True)
+    except OURS as error:
+        print(f"\ndemo failed: {sentence_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     finally:
         ray.shutdown()
@@ -123,6 +122,7 @@ def start_ray(config: ServeConfig, folder: Path) -> None:
         raise JobError(f"Ray did not start: {error}") from None
     # Bars of several tasks would overwrite each other; each stage reports when it is done.
     ray.data.DataContext.get_current().enable_progress_bars = False
+    keep_reasons()
     print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
 
 

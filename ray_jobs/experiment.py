@@ -127,12 +127,15 @@ def newest_event_us(events: DeltaTable) -> int:
 
 
 def gather(
-    log: Mapping[str, FileInfo], events: DeltaTable, period: Period
+    log: Mapping[str, FileInfo], events: DeltaTable | None, period: Period
 ) -> tuple[Tally, Counter[str]]:
     """What both arms did, and how many lists were left out; two rounds of tasks, so that no process
     holds more than a part of the log, a bucket of events, or a group of visitors.
+
+    Args:
+        events: None where only the lists are asked about: nobody has clicked then.
     """
-    num_groups = min(num_buckets_of(events), _MAX_GROUPS)
+    num_groups = 1 if events is None else min(num_buckets_of(events), _MAX_GROUPS)
     lists: list[list[Any]] = [[] for _ in range(num_groups)]
     deeds: list[list[Any]] = [[] for _ in range(num_groups)]
     counts: Counter[str] = Counter()
@@ -153,7 +156,7 @@ def gather(
     follow = ray.remote(load_events).options(num_returns=num_groups + 1)
     following = (
         follow.remote(some, period, num_groups, with_sessions=counts["of_sessions"] > 0)
-        for some in files_by_bucket(events).values()
+        for some in ({} if events is None else files_by_bucket(events)).values()
     )
     finish_in_order(following, lambda references: keep(deeds, references))
 
@@ -192,7 +195,10 @@ def judge(
             "control": round(control.total("lists")),
             "treatment": round(treatment.total("lists")),
         },
-        "degraded_lists": dict(zip(("control", "treatment"), found.num_degraded, strict=True)),
+        "degraded_lists": {
+            "control": round(control.total("degraded_lists")),
+            "treatment": round(treatment.total("degraded_lists")),
+        },
         "left_out": {
             "users_of_both": found.num_switched,
             "lists_without_visitor": counts["without_visitor"],

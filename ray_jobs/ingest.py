@@ -44,6 +44,7 @@ from data_lake.tables import (
     last_metadata,
     upsert,
 )
+from data_lake.withdrawal import WITHDRAWN, Delivery, write_note
 from data_lake.written import Written
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.exchange import exchange_by_shuffle, exchange_pieces, finish_in_order, get
@@ -66,6 +67,8 @@ class Input:
     table: DeltaTable
     quarantine: DeltaTable
     files: list[SourceFile]
+    landing_uri: str
+    """Where serving ships its events to."""
     again: bool
     """Whether files count that were read before."""
 
@@ -89,6 +92,7 @@ def run(config: PipelineConfig) -> Report:
         with timed("events"):
             figures |= _ingest_events(new)
     figures |= _delete_landed(config, inputs["events"], new)
+    figures["ingested_at"] = Delivery("", "", 0, 0, started_us).ingested_at.isoformat()
     figures["events_version"] = new.table.version()
     figures["seconds"] = time.perf_counter() - started
     _publish(config, figures, new.table)
@@ -139,6 +143,7 @@ def _commit_events(
     Another run that was faster is made room for: what it has brought is left out here.
     """
     seen = files_by_bucket(new.table)
+    withdrawn = new.table.transaction_version(WITHDRAWN)
     for _ in range(_MAX_ROUNDS):
         parts = [part for report in merged for part in report.parts]
         counts = _count_rows(loaded, merged)
@@ -148,7 +153,8 @@ def _commit_events(
             commit_parts(
                 new.table,
                 parts,
-                metadata={f"nextitem.{name}": str(count) for name, count in counts.items()},
+                metadata={f"nextitem.{name}": str(count) for name, count in counts.items()}
+                | write_note(_deliveries(new), counts["duplicate"]),
                 transactions=[
                     # Shared by all runs: of two at a time, which cannot see each other's events,
                     # the slower one has to look again.
@@ -163,6 +169,11 @@ def _commit_events(
         if _has_landed(new.table, parts):
             return counts
         written.add("events", *parts)
+        if new.table.transaction_version(WITHDRAWN) != withdrawn:
+            # What was left out as known may be known no more.
+            raise ConflictError(
+                f"Rows were withdrawn from {new.table.table_uri} meanwhile; run this job again."
+            )
         found = files_by_bucket(new.table)
         merged = _drop_arrived(new, merged, _added(seen, found), written)
         seen = found
@@ -282,7 +293,8 @@ def _commit_quarantine(given: Input, reports: Sequence[PartReport], written: Wri
         written.forget("quarantine", parts)
         try:
             transactions = [file.transaction(given.kind) for file in files]
-            commit_parts(given.quarantine, parts, transactions=transactions)
+            note = write_note(_deliveries(given)) if given.kind == "events" else {}
+            commit_parts(given.quarantine, parts, metadata=note, transactions=transactions)
             return
         except ConflictError as error:
             conflict = error
@@ -308,6 +320,22 @@ def _tasks(given: Input) -> list[PartTask]:
         for part in file.parts:
             tasks.append(PartTask(file.source, part, len(tasks), file.digest, is_known))
     return tasks
+
+
+def _deliveries(given: Input) -> list[Delivery]:
+    """The files of a run with the places of their parts; those that serving has shipped as one."""
+    found: list[Delivery] = []
+    first, started_us = 0, given.target.started_us
+    for file in given.files:
+        num_parts = len(file.parts)
+        if file.source.path != given.landing_uri:
+            found.append(Delivery(file.path, file.digest, first, num_parts, started_us))
+        elif found and found[-1].path == given.landing_uri:
+            found[-1] = replace(found[-1], num_parts=found[-1].num_parts + num_parts)
+        else:
+            found.append(Delivery(given.landing_uri, "", first, num_parts, started_us))
+        first += num_parts
+    return found
 
 
 def _find_files(config: PipelineConfig, kind: str) -> list[SourceFile]:
@@ -391,7 +419,8 @@ def _open_input(
     table = create_table(lake, kind, schema, options, num_buckets=num_buckets)
     quarantine = create_table(lake, "quarantine", quarantine_schema(), options)
     target = Target(lake, options, pa.schema(table.schema()), ingest.num_buckets, started_us)
-    return Input(kind, key, target, table, quarantine, files, ingest.again)
+    landing = storage.landing_uri
+    return Input(kind, key, target, table, quarantine, files, landing, ingest.again)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ from typing import Any
 
 import ray
 from pydantic import ValidationError
-from ray.exceptions import RayTaskError
 
-from data_lake.errors import LakeError
 from ray_jobs.config import CONFIGS, PipelineConfig
-from ray_jobs.errors import ConfigError, JobError
-from recsys.errors import RecsysError
+from ray_jobs.errors import ConfigError
+from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +54,8 @@ def main(
     arguments.
 
     Args:
-        preview: what a dry run finds out, without Ray, and shows beside the configuration.
+        preview: what a dry run finds out and shows beside the configuration; without Ray, unless
+            there is something that has to be measured.
     """
     arguments = parse_arguments(job, run.__module__, argv)
     logging.basicConfig(
@@ -73,7 +72,7 @@ def main(
             return
         with connected():
             report = run(config)
-    except (LakeError, RecsysError, JobError, OSError) as error:
+    except OURS as error:
         _fail(job, error, 1)
     print(report.text())
     print(report.json_line(), flush=True)
@@ -160,6 +159,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """A connection to the cluster that submitted us, or a Ray of our own that ends with us."""
+    keep_reasons()
     if ray.is_initialized():
         yield
         return
@@ -191,12 +191,6 @@ def _readable(value: Any) -> str:
     return str(value)
 
 
-def reason_of(error: Exception) -> Exception:
-    """The error itself, without the traceback of the Ray worker that raised it."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
 def _fail(job: str, error: Exception, status: int) -> None:
-    error = reason_of(error)
-    print(f"{job} failed: {error}", file=sys.stderr, flush=True)
+    print(f"{job} failed: {sentence_of(error)}", file=sys.stderr, flush=True)
     raise SystemExit(status)

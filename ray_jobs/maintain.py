@@ -102,12 +102,12 @@ def _forget(
 ) -> dict[str, int]:
     lake_uri, options = config.storage.lake_uri, config.storage.options
     gone = {
-        f"{name}_rows_forgotten": forget_users(lake_uri, name, users, options, _on_cluster)
+        f"{name}_rows_forgotten": forget_users(lake_uri, name, users, options, run_on_cluster)
         for name in tables
         if name != "items"
     }
     return gone | {
-        f"{name}_rows_forgotten": forget_in_folder(folder, users, options, _on_cluster)
+        f"{name}_rows_forgotten": forget_in_folder(folder, users, options, run_on_cluster)
         for name, folder in _folders(config).items()
     }
 
@@ -117,7 +117,7 @@ def _compact(config: PipelineConfig, tables: Sequence[str]) -> dict[str, int]:
     figures = {}
     for name in tables:
         figures[f"{name}_files_before"] = count_files(lake_uri, name, options)
-        compact(lake_uri, name, config.maintain.target_file_bytes, options, _on_cluster)
+        compact(lake_uri, name, config.maintain.target_file_bytes, options, run_on_cluster)
         figures[f"{name}_files"] = count_files(lake_uri, name, options)
     return figures
 
@@ -130,9 +130,10 @@ def _vacuum(config: PipelineConfig, tables: Sequence[str]) -> dict[str, int]:
 
 def _prove(config: PipelineConfig, users: tuple[str, ...]) -> dict[str, str]:
     lake_uri, options = config.storage.lake_uri, config.storage.options
-    in_tables = find_users(lake_uri, users, options, _on_cluster)
+    in_tables = find_users(lake_uri, users, options, run_on_cluster)
     in_folders = [
-        find_in_folder(folder, users, options, _on_cluster) for folder in _folders(config).values()
+        find_in_folder(folder, users, options, run_on_cluster)
+        for folder in _folders(config).values()
     ]
     in_log = find_in_log(lake_uri, users, options)
     retention = timedelta(hours=config.maintain.retention_hours)
@@ -182,7 +183,7 @@ def _headline(figures: dict[str, Any], users: Sequence[str]) -> str:
     )
 
 
-def _on_cluster(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+def run_on_cluster(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
     """Calls a function once for each argument, in as many tasks as the cluster has room for."""
     if not arguments:
         return []

@@ -166,6 +166,10 @@ def _describe(version: Version) -> list[tuple[str, str | None]]:
         ("trained until", _moment(version.trained_until_us)),
         ("started from", started["version"] if started else "random weights"),
         ("retraining", retrain["name"] if retrain else None),
+        *(
+            ("canary", f"{one['at']}: {one['decision']}; {one['reason']}")
+            for one in version.decisions
+        ),
         ("weights", version.weights_sha256),
         ("code", ", ".join(code)),
     ]

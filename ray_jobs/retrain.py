@@ -5,8 +5,9 @@ week or a worse model from visitors.
 
 Data gates come before training; then the challenger must beat the champion on the same held-out
 users, its export must agree with it, and it must not be slower. What passes all of them is
-published and given `retrain.canary_share` of the visitors; `ray_jobs.registry promote` gives it the
-others. At the first closed gate the job stops: the champion serves on. `--dry-run` shows the plan.
+published and given `retrain.canary_share` of the visitors; `ray_jobs.canary` gives it the others,
+or takes it back. At the first closed gate the job stops: the champion serves on. `--dry-run` shows
+the plan.
 
 A job that was killed goes on after its last finished step when it is started with its name again;
 a second one at the same time is refused. `<storage root>/retrains/<name>/` holds `report.html`,

@@ -13,8 +13,9 @@ from ray_jobs.retrain_state import State
 _REMEDY = (
     "Nothing was trained. If the week is right after all, begin anew under another retrain.name "
     'with a wider limit, or with retrain.skip = ["data"]. If the feed is broken, its events must '
-    "leave the lake before it is delivered again, for an event is taken once: restore {tables} "
-    "(DeltaTable.restore), provided that nothing else has changed them since."
+    "leave the lake before it is delivered again, for an event is taken once: python -m "
+    "ray_jobs.withdraw with withdraw.retrain = {name} takes out what this retraining brought "
+    "({tables} were the last ones without), or names the files with withdraw.files."
 )
 
 
@@ -55,7 +56,8 @@ def describe_outcome(state: State) -> str:
     text = f"Stopped at the gate {closed.gate!r}: {closed.text} {state.champion} serves on."
     if "train" in state.steps:
         return text
-    return f"{text} {_REMEDY.format(tables=_describe_versions_before(state))}"
+    remedy = _REMEDY.format(name=state.name, tables=_describe_versions_before(state))
+    return f"{text} {remedy}"
 
 
 def _describe_versions_before(state: State) -> str:
@@ -78,7 +80,8 @@ def _describe_serving(state: State) -> str:
         return f"{version} serves."
     return (
         f"{version} meets {shares[version]:.0%} of the visitors beside {state.champion}; "
-        f"python -m ray_jobs.registry promote {version} gives it all of them, rollback none."
+        "python -m ray_jobs.canary promotes it or rolls it back when they have shown which is "
+        f"better, and ray_jobs.registry promote {version} or rollback at once."
     )
 
 

@@ -110,7 +110,8 @@ def load_events(
 
 def tally_group(period: Period, num_lists: int, *pieces: pa.Table) -> Tally:
     """Adds up one group of visitors: the first `num_lists` pieces are lists, the others events."""
-    lists, events = (pa.concat_tables(some) for some in (pieces[:num_lists], pieces[num_lists:]))
+    lists = pa.concat_tables(pieces[:num_lists])
+    events = pa.concat_tables([EVENTS.empty_table(), *pieces[num_lists:]])
     return tally(lists, events, start_us=period.start_us, window_us=period.window_us)
 
 

@@ -42,21 +42,14 @@ class Tally:
     treatment: Moments
     num_switched: int = 0
     """Visitors who saw both versions: they are in neither."""
-    num_degraded: tuple[int, int] = (0, 0)
-    """Lists of control and treatment that a lower rung gave."""
     last_us: int = 0
     """When the last list was shown."""
 
     def __add__(self, other: "Tally") -> "Tally":
-        control, treatment = (
-            mine + theirs
-            for mine, theirs in zip(self.num_degraded, other.num_degraded, strict=True)
-        )
         return Tally(
             self.control + other.control,
             self.treatment + other.treatment,
             self.num_switched + other.num_switched,
-            (control, treatment),
             max(self.last_us, other.last_us),
         )
 
@@ -96,17 +89,15 @@ def tally(lists: pa.Table, events: pa.Table, *, start_us: int, window_us: int) -
         "buyers": bought_V > 0,
         # A few visitors do most: their logarithm says more of what they will do.
         "before": np.log1p(np.bincount(visitors_E[is_before_E], minlength=num_visitors)),
+        "degraded_lists": np.bincount(visitors_N, lists["degraded"].to_numpy(), num_visitors),
     }
     values_VC = np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.float64)
 
     is_switched_V = sees_VA[:, CONTROL] & sees_VA[:, TREATMENT]
-    is_degraded_N = lists["degraded"].to_numpy() & ~is_switched_V[visitors_N]
-    degraded_A = np.bincount(arms_N[is_degraded_N], minlength=2)
     return Tally(
         Moments.of(values_VC[sees_VA[:, CONTROL] & ~is_switched_V]),
         Moments.of(values_VC[sees_VA[:, TREATMENT] & ~is_switched_V]),
         int(is_switched_V.sum()),
-        (int(degraded_A[CONTROL]), int(degraded_A[TREATMENT])),
         int(_microseconds(lists).max()),
     )
 

@@ -16,9 +16,17 @@ import numpy as np
 
 from recsys.metrics import Interval
 
-COLUMNS = ("users", "lists", "clicked_lists", "bought_lists", "buyers", "before")
+COLUMNS = (
+    "users",
+    "lists",
+    "clicked_lists",
+    "bought_lists",
+    "buyers",
+    "before",
+    "degraded_lists",
+)
 """What is known of a user, C of them: 1, lists seen, of these clicked and bought from, whether any
-was bought from, and how active the user was before."""
+was bought from, how active the user was before, and lists that a lower rung gave."""
 ALARM_BELOW = 0.001
 """A sample ratio this improbable means that something is broken."""
 POWER = 0.8
@@ -44,6 +52,8 @@ METRICS: Mapping[str, Metric] = {
     "bought_lists": Metric("bought_lists", "lists", "lists with an item that was bought, of all"),
     "lists_per_user": Metric("lists", "users", "lists that a user saw"),
 }
+DEGRADED = Metric("degraded_lists", "lists", "lists that a lower rung gave, of all")
+"""What serving did, and not what users did: no uplift is wanted of it."""
 
 
 @dataclass(frozen=True)

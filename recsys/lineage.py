@@ -11,7 +11,7 @@ from typing import Any
 
 from recsys.artifact import number_of, read_manifest, sha256_of
 from recsys.errors import ArtifactError
-from recsys.registry import Serving, check_version, list_versions
+from recsys.registry import Serving, check_version, list_versions, read_decisions
 
 METRICS = ("NDCG@10", "HR@10")
 _MODEL = "model"
@@ -45,6 +45,8 @@ class Version:
     """The version that training went on from."""
     retrain: Mapping[str, Any] | None
     """What `ray_jobs.retrain` found when it published it."""
+    decisions: tuple[Mapping[str, Any], ...]
+    """What became of it as a canary, oldest first."""
     weights_sha256: str | None
 
     def facts(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def describe_version(root: Path, version: str, serving: Serving | None) -> Versi
         trained_until_us=manifest.get("trained_until_us"),
         started_from=manifest.get("started_from"),
         retrain=manifest.get("retrain"),
+        decisions=tuple(read_decisions(root, version)),
         weights_sha256=manifest.get("files", {}).get("model.safetensors"),
     )
 

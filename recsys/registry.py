@@ -4,6 +4,7 @@ one small file beside them.
 <root>/<version>/...      artifacts, never changed once published
 <root>/SERVING.json       {"serving": {"champion": ..., "shares": {...}}, "before": [...]}
 <root>/.SERVING.copy.json  the same, for `repair`
+<root>/DECISIONS.jsonl     what became of canaries, and why; a line each
 
 The file is replaced at once under a lock, so that promotions at the same time follow each other and
 a reader sees one of them whole. Processes that serve keep what they have while it is damaged.
@@ -27,6 +28,7 @@ from recsys.errors import ArtifactError
 _SERVING = "SERVING.json"
 _COPY = ".SERVING.copy.json"
 _LOCK = ".SERVING.lock"
+_DECISIONS = "DECISIONS.jsonl"
 _MAX_BEFORE = 50
 _MAX_NAMED = 5
 
@@ -148,6 +150,41 @@ def promote(
         return Serving(serving.champion, shares)
 
     return _change(root, change)
+
+
+def end_canary(root: Path, version: str) -> Serving:
+    """Takes its visitors from one canary; other canaries keep theirs.
+
+    Raises: ArtifactError when it is none.
+    """
+
+    def change(serving: Serving | None) -> Serving:
+        if serving is None or version not in serving.shares:
+            serves = "nothing" if serving is None else ", ".join(serving.versions)
+            raise ArtifactError(f"Version {version} is no canary in {root}; {serves} serves.")
+        others = {name: share for name, share in serving.shares.items() if name != version}
+        return Serving(serving.champion, others)
+
+    return _change(root, change)
+
+
+def record_decision(root: Path, decision: Mapping[str, Any]) -> None:
+    """Notes what was decided on a version, under `version`, before it is done."""
+    path = root / _DECISIONS
+    with _locked(root), path.open("a") as file:
+        # A line that was cut off stays a line of its own.
+        is_cut = path.read_bytes()[-1:] not in (b"", b"\n")
+        file.write("\n" * is_cut + json.dumps(decision) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_decisions(root: Path, version: str) -> list[dict[str, Any]]:
+    """What was decided on a version, oldest first. A line that was cut off is passed over."""
+    path = root / _DECISIONS
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [decision for line in lines if (decision := _try_json(line)) is not None]
+    return [decision for decision in found if decision.get("version") == version]
 
 
 def roll_back(root: Path) -> Serving:
@@ -288,6 +325,13 @@ def _write_beside(root: Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return temporary
+
+
+def _try_json(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def _uniform(text: str) -> float:

@@ -43,7 +43,7 @@ SECRETS = {
 }
 """The runbook makes them."""
 JOBS = sorted((KUBERNETES / "jobs").glob("*.yaml"))
-SCHEDULED = ("ingest", "monitor", "maintain", "retrain")
+SCHEDULED = ("ingest", "canary", "monitor", "maintain", "retrain")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 in_every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)

@@ -231,8 +231,8 @@ def judged(control, treatment, share=0.5):
     """Facts on users of one list each, given as (users, of these clicked)."""
 
     def arm(num, clicked):
-        rows = [[1, 1, n < clicked, 0, 0, n % 3] for n in range(num)]
-        return Moments.of(np.array(rows, float).reshape(-1, 6))
+        rows = [[1, 1, n < clicked, 0, 0, n % 3, 0] for n in range(num)]
+        return Moments.of(np.array(rows, float).reshape(-1, 7))
 
     found = Tally(arm(*control), arm(*treatment), last_us=START_US + 24 * HOUR_US)
     counts = {"too_young": 4, "without_visitor": 0, "of_other_versions": 0}

@@ -116,7 +116,7 @@ def test_a_closed_gate_stops_it_for_good_with_a_report(config, taken, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert (report["passed"], report["stopped_at"]) == (False, "gate-data")
     assert "CLOSED" in (folder / "report.html").read_text()
-    assert "restore the versions of events and quarantine before it" in report["outcome"]
+    assert "ray_jobs.withdraw with withdraw.retrain = w5 takes out" in report["outcome"]
     found = metrics_of(tmp_path)
     assert found["nextitem_retrain_passed", None] == 0
     assert found["nextitem_retrain_gate_passed", "gate-ingest"] == 1
@@ -248,7 +248,7 @@ def test_a_report_has_the_weeks_the_comparison_and_what_to_do_next(tmp_path):
         state = state.with_step(name, Done(found, (), 2.0))
     retrain.write_retrain_report(tmp_path, state, {"data": "the weeks"})
     text = (tmp_path / "report.md").read_text()
-    assert "v2 meets 5% of the visitors beside v1; python -m ray_jobs.registry promote v2" in text
+    assert "v2 meets 5% of the visitors beside v1; python -m ray_jobs.canary promotes it" in text
     assert "| newest, new | 90 | 0.010 | 0.020 | 0.300 |" in text
     assert "30 of them are on items that the champion does not know" in text
     assert "| NDCG@10 | +0.0100 [+0.0000, +0.0200] |" in text

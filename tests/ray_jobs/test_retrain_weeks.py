@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_lake.tables import open_table
-from ray_jobs import build_sequences, evaluate, generate, ingest, publish, retrain, train
+from ray_jobs import build_sequences, evaluate, generate, ingest, publish, retrain, train, withdraw
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from recsys.artifact import read_manifest
@@ -134,14 +134,6 @@ def files_of(registry):
     return {str(path.relative_to(registry)): path.read_bytes() for path in registry.rglob("*.json")}
 
 
-def restore(home, steps):
-    """Takes the week out of the lake, as the report says."""
-    for name in ("events", "quarantine"):
-        before = steps["ingest"]["figures"].get(f"{name}_version_before")
-        if before:
-            open_table(f"{home}/synthetic/lake", name).restore(before)
-
-
 def test_good_weeks_bring_better_versions_and_poisoned_ones_are_stopped(
     weeks, tmp_path, monkeypatch
 ):
@@ -165,7 +157,8 @@ def test_good_weeks_bring_better_versions_and_poisoned_ones_are_stopped(
         assert files_of(copy / "synthetic" / "registry") == files_of(root)
 
     # The last of them is put right.
-    restore(copy, read_report(copy, "week-4")["steps"])
+    taken_out = withdraw.run(configure_week(copy, 4, "withdraw.retrain=week-4"))
+    assert taken_out.figures["events_rows_withdrawn"] == len(decimate(weeks.of(4)))
     weeks.deliver(copy, 4, weeks.of(4))
     with monkeypatch.context() as patch:
         patch.setattr(build_sequences, "run", _die)

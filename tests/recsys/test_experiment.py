@@ -32,7 +32,9 @@ REPLICATIONS = 600
 
 def of_users(*users):
     """Each user as (lists, clicked lists), who bought nothing."""
-    return Moments.of(np.array([[1, lists, clicked, 0, 0, 0] for lists, clicked in users], float))
+    return Moments.of(
+        np.array([[1, lists, clicked, 0, 0, 0, 0] for lists, clicked in users], float)
+    )
 
 
 def binomial_bounds(share, num=REPLICATIONS, deviations=3.5):

@@ -8,10 +8,13 @@ from recsys.artifact import MANIFEST
 from recsys.errors import ArtifactError
 from recsys.registry import (
     Serving,
+    end_canary,
     list_states,
     list_versions,
     promote,
+    read_decisions,
     read_serving,
+    record_decision,
     repair,
     roll_back,
     serving_version,
@@ -224,3 +227,32 @@ def test_promotions_at_the_same_time_follow_each_other(root):
     # None was lost: each state but the last became a "before".
     content = json.loads((root / "SERVING.json").read_text())
     assert len(content["before"]) == 39
+
+
+def test_one_canary_ends_and_others_keep_their_visitors(root):
+    for version in ("20260103", "20260104"):
+        (root / version).mkdir()
+        (root / version / MANIFEST).write_text("{}")
+    promote(root, "20260101")
+    promote(root, "20260102", 0.1)
+    promote(root, "20260103", 0.2)
+
+    assert end_canary(root, "20260102") == Serving("20260101", {"20260103": 0.2})
+    with pytest.raises(ArtifactError, match=r"20260102 is no canary in .*; 20260101, 20260103 ser"):
+        end_canary(root, "20260102")
+
+
+def test_no_canary_ends_where_nothing_serves(root):
+    with pytest.raises(ArtifactError, match=r"20260102 is no canary in .*; nothing serves"):
+        end_canary(root, "20260102")
+
+
+def test_decisions_are_told_by_version_and_a_line_that_was_cut_off_is_passed_over(root):
+    assert read_decisions(root, "20260101") == []
+    for version, decision in (("20260101", "promote"), ("20260102", "roll back")):
+        record_decision(root, {"version": version, "decision": decision})
+    with (root / "DECISIONS.jsonl").open("a") as file:
+        file.write('{"version": "20260101", "deci')
+    record_decision(root, {"version": "20260101", "decision": "wait"})
+    found = [decision["decision"] for decision in read_decisions(root, "20260101")]
+    assert found == ["promote", "wait"]
