@@ -32,13 +32,13 @@ from data_lake.synthetic_events import generate_part
 from data_lake.synthetic_rows import clean_rows
 from data_lake.synthetic_visits import users_table
 from ray_jobs.config import MonitorConfig
-from ray_jobs.drift_axes import DAY_US, Periods, group_of
-from ray_jobs.drift_counts import count_bucket
-from ray_jobs.drift_gather import Gathered
-from ray_jobs.drift_items import add_items, count_items, learn_items
-from ray_jobs.drift_lists import find_score_edges
-from ray_jobs.drift_plan import Counts, Plan
-from ray_jobs.drift_verdict import Kept, judge, learn_thresholds
+from ray_jobs.drift.axes import DAY_US, Periods, group_of
+from ray_jobs.drift.counts import count_bucket
+from ray_jobs.drift.gather import Gathered
+from ray_jobs.drift.items import add_items, count_items, learn_items
+from ray_jobs.drift.lists import find_score_edges
+from ray_jobs.drift.plan import Counts, Plan
+from ray_jobs.drift.verdict import Kept, judge, learn_thresholds
 from recsys.context import ContextConfig, ContextEncoder
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,7 +106,7 @@ def list_rows(
 
 
 def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
-    """As `ray_jobs.drift_gather` makes it; the version knows every item of earlier events."""
+    """As `ray_jobs.drift.gather` makes it; the version knows every item of earlier events."""
     start_us = shop.config.start_us
     days = MONITOR.days
     periods = Periods(

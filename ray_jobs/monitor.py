@@ -22,10 +22,10 @@ from deltalake import DeltaTable
 from data_lake.freshness import newest_event
 from data_lake.tables import open_table
 from ray_jobs.config import MonitorConfig, PipelineConfig, expand
-from ray_jobs.drift_axes import DAY_US, Periods, as_text, as_us
-from ray_jobs.drift_gather import Gathered, gather
-from ray_jobs.drift_report import write_drift_report
-from ray_jobs.drift_verdict import (
+from ray_jobs.drift.axes import DAY_US, Periods, as_text, as_us
+from ray_jobs.drift.gather import Gathered, gather
+from ray_jobs.drift.report import write_drift_report
+from ray_jobs.drift.verdict import (
     Facts,
     Kept,
     current_share,

@@ -21,14 +21,14 @@ from data_lake.schemas import events_schema, items_schema, users_schema
 from data_lake.tables import commit_parts, create_table, open_table, upsert, write_part
 from ray_jobs import monitor
 from ray_jobs.config import MonitorConfig, PipelineConfig
-from ray_jobs.drift_answers import count_lists
-from ray_jobs.drift_axes import DAY_US, NUM_GROUPS, Periods, group_of
-from ray_jobs.drift_counts import count_bucket
-from ray_jobs.drift_gather import _refuse_empty_reference
-from ray_jobs.drift_items import MISSING, OTHER, add_items, count_items, learn_items
-from ray_jobs.drift_lists import ListsPlan, find_files, find_score_edges, split_lists
-from ray_jobs.drift_plan import Plan, Visits
-from ray_jobs.drift_verdict import Kept, read_kept, write_kept
+from ray_jobs.drift.answers import count_lists
+from ray_jobs.drift.axes import DAY_US, NUM_GROUPS, Periods, group_of
+from ray_jobs.drift.counts import count_bucket
+from ray_jobs.drift.gather import _refuse_empty_reference
+from ray_jobs.drift.items import MISSING, OTHER, add_items, count_items, learn_items
+from ray_jobs.drift.lists import ListsPlan, find_files, find_score_edges, split_lists
+from ray_jobs.drift.plan import Plan, Visits
+from ray_jobs.drift.verdict import Kept, read_kept, write_kept
 from ray_jobs.errors import JobError
 from recsys.artifact import publish
 from recsys.drift_null import Threshold

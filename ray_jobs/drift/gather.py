@@ -14,11 +14,11 @@ from deltalake import DeltaTable
 
 from data_lake.tables import files_by_bucket, num_buckets_of, open_table, read_table, table_exists
 from ray_jobs.config import PipelineConfig
-from ray_jobs.drift_axes import Periods
-from ray_jobs.drift_counts import count_bucket, count_unowned
-from ray_jobs.drift_items import add_items, count_items, learn_items
-from ray_jobs.drift_lists import ListsPlan, find_files, find_score_edges, split_lists
-from ray_jobs.drift_plan import Counts, Plan
+from ray_jobs.drift.axes import Periods
+from ray_jobs.drift.counts import count_bucket, count_unowned
+from ray_jobs.drift.items import add_items, count_items, learn_items
+from ray_jobs.drift.lists import ListsPlan, find_files, find_score_edges, split_lists
+from ray_jobs.drift.plan import Counts, Plan
 from ray_jobs.errors import JobError
 from ray_jobs.exchange import finish_in_order, get
 from ray_jobs.job import timed

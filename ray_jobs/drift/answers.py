@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_jobs.drift_items import parse_ids
-from ray_jobs.drift_plan import Counts, Plan, UserTimes, Visits
+from ray_jobs.drift.items import parse_ids
+from ray_jobs.drift.plan import Counts, Plan, UserTimes, Visits
 
 _HIT_LIST = 10
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ray_jobs.config import MonitorConfig, PipelineConfig
-from ray_jobs.drift_axes import as_text
-from ray_jobs.drift_gather import Gathered
-from ray_jobs.drift_plan import LIVE_MEASURES
+from ray_jobs.drift.axes import as_text
+from ray_jobs.drift.gather import Gathered
+from ray_jobs.drift.plan import LIVE_MEASURES
 from ray_jobs.errors import JobError
 from recsys.drift import Measure, covered_shares, jensen_shannon, measure_drift, share_with
 from recsys.drift_null import LEAST_GROUPS, Threshold, can_be_judged, find_thresholds

@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.drift_axes import NUM_GROUPS, Periods, group_of
-from ray_jobs.drift_items import MISSING, NUM_ITEM_GROUPS, OTHER, ItemFacts
+from ray_jobs.drift.axes import NUM_GROUPS, Periods, group_of
+from ray_jobs.drift.items import MISSING, NUM_ITEM_GROUPS, OTHER, ItemFacts
 from recsys.context import ContextEncoder
 from recsys.drift import POPULARITY_LABELS, Measure
 

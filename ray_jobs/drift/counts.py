@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_lake.parquet import read_files
-from ray_jobs.drift_answers import count_answers, count_lists
-from ray_jobs.drift_items import microseconds, value_codes
-from ray_jobs.drift_plan import HISTORY_EDGES, Counts, Plan, UserTimes, Visits
+from ray_jobs.drift.answers import count_answers, count_lists
+from ray_jobs.drift.items import microseconds, value_codes
+from ray_jobs.drift.plan import HISTORY_EDGES, Counts, Plan, UserTimes, Visits
 from recsys.context import ContextConfig
 
 _OF_EVENTS = ("user_id", "item_id", "timestamp", "event_type")
@@ -24,7 +24,7 @@ def count_bucket(
 
     Args:
         events, users: files of the bucket.
-        pieces: lists that its users were shown, as `drift_lists.split_lists` gives them.
+        pieces: lists that its users were shown, as `drift.lists.split_lists` gives them.
     """
     visits = read_visits(events, plan)
     counts = _count_visits(visits, users, plan)

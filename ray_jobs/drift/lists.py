@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from data_lake.buckets import bucket_of
 from data_lake.errors import SourceError
 from data_lake.storage import list_folder, open_file, reaching
-from ray_jobs.drift_axes import DAY_US, Periods, group_of
-from ray_jobs.drift_items import microseconds, parse_ids
+from ray_jobs.drift.axes import DAY_US, Periods, group_of
+from ray_jobs.drift.items import microseconds, parse_ids
 
 _COLUMNS = ("user_id", "session_id", "timestamp", "model_version", "item_ids", "top_score")
 _BYTES_PER_TASK = 64 * 2**20

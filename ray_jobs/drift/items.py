@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from data_lake.buckets import hash_ids
 from data_lake.parquet import read_files
-from ray_jobs.drift_axes import Periods, group_of
+from ray_jobs.drift.axes import Periods, group_of
 from recsys.drift import popularity_buckets
 
 NUM_ITEM_GROUPS = 64
