@@ -6,9 +6,10 @@ The last week is compared with a reference period that the version was trained o
 categories are popular, in which context, with how long histories, how many items are unknown; and,
 where the endpoint logs its lists, how often the next event is on a list, how often a list is
 clicked, how much of the catalogue lists show, and the scores. Writes `report.html`, `report.md`
-and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. Thresholds
-(`<storage root>/monitor/thresholds.json`) are learned from the reference period, once for each
-version. Alarms do not fail the job.
+and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. An alarm is drift
+that is rarer than `monitor.false_alarm_rate` where nothing moves; it does not fail the job. The
+reference period stays the same for as long as a version serves
+(`<storage root>/monitor/reference.json`).
 """
 
 import json
@@ -24,19 +25,14 @@ from data_lake.tables import open_table
 from ray_jobs.config import MonitorConfig, PipelineConfig, expand
 from ray_jobs.drift.axes import DAY_US, Periods, as_text, as_us
 from ray_jobs.drift.gather import Gathered, gather
-from ray_jobs.drift.report import write_drift_report
-from ray_jobs.drift.verdict import (
-    Facts,
-    Kept,
-    current_share,
+from ray_jobs.drift.reference import (
+    Reference,
     describe_settings,
-    find_current_gaps,
-    find_gaps,
-    judge,
-    learn_thresholds,
-    read_kept,
-    write_kept,
+    read_reference,
+    write_reference,
 )
+from ray_jobs.drift.report import write_drift_report
+from ray_jobs.drift.verdict import Facts, current_share, find_gaps, judge
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
@@ -58,27 +54,25 @@ def run(config: PipelineConfig) -> Report:
     events = open_table(config.storage.lake_uri, "events", config.storage.options)
     newest_us = _newest_event_us(events)
 
-    settings = describe_settings(config, artifact.version)
-    kept = read_kept(folder, settings)
+    settings = describe_settings(config.monitor, artifact.version)
+    kept = read_reference(folder, settings)
     trained_until_us = artifact.manifest.get("trained_until_us")
     periods = choose_periods(config.monitor, newest_us, trained_until_us, kept)
-    if kept is not None and kept.reference_until_us != periods.reference_until_us:
-        kept = None
-    edges = None if kept is None else kept.score_edges
+    is_kept = kept is not None and kept.until_us == periods.reference_until_us
     gathered = gather(
-        config, artifact, events, periods, events_until_us=newest_us, score_edges=edges
+        config,
+        artifact,
+        events,
+        periods,
+        events_until_us=newest_us,
+        score_edges=kept.score_edges if kept is not None and is_kept else (),
     )
     _refuse_empty_current(gathered)
+    edges = gathered.plan.score_edges
+    write_reference(folder, Reference(settings, periods.reference_until_us, edges))
     gaps = find_gaps(gathered)
-    if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
-        with timed("thresholds"):
-            origin = {
-                "settings": settings,
-                "events_version": events.version(),
-                "computed_at": _now_text(),
-            }
-            kept = learn_thresholds(config.monitor, gathered, origin, seed=config.seed)
-        write_kept(folder, kept)
+    with timed("resample"):
+        measures = judge(config.monitor, gathered, gaps, seed=config.seed)
 
     facts = {
         "data": config.name,
@@ -86,12 +80,16 @@ def run(config: PipelineConfig) -> Report:
         "written_at": _now_text(),
         "periods": periods.describe(),
         "false_alarm_rate": config.monitor.false_alarm_rate,
-        "measures": judge(gathered, kept),
-        "gaps": gaps | find_current_gaps(gathered, kept),
+        "measures": measures,
+        "gaps": gaps,
         "current": {name: current_share(gathered, name) for name in _LIVE},
         "serving_version_age_s": _age_of_version(artifact),
         "newest_event_age_s": time.time() - newest_us / 1_000_000,
-        "thresholds_from": kept.computed_from,
+        "made_from": {
+            "settings": config.monitor.model_dump(mode="json"),
+            "seed": config.seed,
+            "events_version": events.version(),
+        },
     }
     written = _write(folder, facts)
     _publish(config, facts)
@@ -99,14 +97,14 @@ def run(config: PipelineConfig) -> Report:
 
 
 def choose_periods(
-    monitor: MonitorConfig, newest_us: int, trained_until_us: int | None, kept: Kept | None
+    monitor: MonitorConfig, newest_us: int, trained_until_us: int | None, kept: Reference | None
 ) -> Periods:
     """Both periods, as `MonitorConfig` says.
 
     Args:
         newest_us: time of the newest event.
         trained_until_us: of the newest event that the version was trained on, if known.
-        kept: thresholds of earlier runs for this version, whose reference period stays.
+        kept: the reference of earlier runs for this version, whose period stays.
 
     Raises: JobError where the periods would overlap.
     """
@@ -115,8 +113,8 @@ def choose_periods(
     current_from_us = current_until_us - monitor.days * DAY_US
     if monitor.reference_until is not None:
         reference_until_us = as_us(monitor.reference_until)
-    elif kept is not None and kept.reference_until_us <= current_from_us:
-        reference_until_us = kept.reference_until_us
+    elif kept is not None and kept.until_us <= current_from_us:
+        reference_until_us = kept.until_us
     else:
         trained_us = current_from_us if trained_until_us is None else trained_until_us + 1
         reference_until_us = min(trained_us, current_from_us)

@@ -39,10 +39,11 @@ _HOW = (
     "Drift is the population stability index (PSI) of two histograms, and of a share by how much "
     "it rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin "
     "that one period lacks is smoothed, and values that the version does not know are one bin of "
-    "their own. Thresholds come from the reference period: windows of it are shifted within groups "
-    "of users, and one is compared with the others; {rate:.1%} of these shifted periods are beyond "
-    "any threshold, and about as many runs without drift raise an alarm (more where users are "
-    "few). Dispersion is how much more days vary than users explain; thresholds are raised by it."
+    "their own. A threshold is what drift exceeds by chance: the windows of both periods are "
+    "exchanged at random within groups of users, and one is compared with the others; {rate:.1%} of "
+    "these are beyond any threshold, and so are as many runs without drift. Dispersion is how much "
+    "more days vary than users explain; thresholds are raised by it. What a single user does is no "
+    "alarm."
 )
 
 
@@ -63,8 +64,8 @@ def write_drift_report(folder: Path, facts: Facts) -> None:
         Heading("How it was made"),
         Text(_HOW.format(rate=facts["false_alarm_rate"])),
         Details(
-            "What thresholds were computed from",
-            [Code(json.dumps(facts["thresholds_from"], indent=1))],
+            "What it was made from",
+            [Code(json.dumps(facts["made_from"], indent=1))],
         ),
     ]
     write_document(folder, "report", blocks)

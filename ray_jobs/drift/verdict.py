@@ -1,133 +1,59 @@
-"""What counts of drift say: thresholds, which are kept for as long as a version serves, and a
-verdict on each measure.
-"""
+"""What counts of drift say: a verdict on each measure, and why some have none."""
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from ray_jobs.config import MonitorConfig, PipelineConfig
+from ray_jobs.config import MonitorConfig
 from ray_jobs.drift.axes import as_text
 from ray_jobs.drift.gather import Gathered
 from ray_jobs.drift.plan import LIVE_MEASURES
-from ray_jobs.errors import JobError
-from recsys.drift import Measure, covered_shares, jensen_shannon, measure_drift, share_with
-from recsys.drift_null import LEAST_GROUPS, Threshold, can_be_judged, find_thresholds
+from recsys.drift import Measure, covered_shares, jensen_shannon, share_with
+from recsys.drift_null import LEAST_GROUPS, can_be_judged, judge_drift, least_resamples
 
-THRESHOLDS = "thresholds.json"
+_RESAMPLES_BEYOND = 5
+"""Of each measure's own, at least: a threshold between fewer is a rough one."""
+
 Facts = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The content of thresholds.json."""
-
-    computed_from: Facts
-    """The settings, the version that served, the reference period and the events that it had."""
-    score_edges: tuple[float, ...]
-    thresholds: dict[str, Threshold]
-
-    @property
-    def reference_until_us(self) -> int:
-        until_us: int = self.computed_from["reference_until_us"]
-        return until_us
-
-
-def describe_settings(config: PipelineConfig, version: str) -> Facts:
-    """What thresholds depend on, beside the events."""
-    settings = config.monitor.model_dump(mode="json", exclude={"current_until"})
-    return {"version": version, "seed": config.seed, **settings}
-
-
-def read_kept(folder: Path, settings: Facts) -> Kept | None:
-    """The thresholds that were computed with the same settings; None where there are none.
-
-    Raises: JobError when the file is damaged.
-    """
-    path = folder / THRESHOLDS
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        computed_from = content["computed_from"]
-        if computed_from["settings"] != settings:
-            return None
-        thresholds = {name: Threshold(**one) for name, one in content["thresholds"].items()}
-        return Kept(computed_from, tuple(content["score_edges"]), thresholds)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JobError(
-            f"{path} is damaged ({error!r}); delete it, and thresholds are computed again."
-        ) from None
-
-
-def write_kept(folder: Path, kept: Kept) -> None:
-    """Replaces the file at once; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "computed_from": kept.computed_from,
-        "score_edges": list(kept.score_edges),
-        "thresholds": {name: asdict(one) for name, one in kept.thresholds.items()},
-    }
-    temporary = folder / f".{THRESHOLDS}-{os.getpid()}"
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, folder / THRESHOLDS)
-
-
 def find_gaps(gathered: Gathered) -> dict[str, str]:
-    """Measures for which the reference period tells no threshold, each with the reason."""
+    """Measures that cannot be judged, each with the reason."""
     reasons = {name: _find_gap(name, gathered) for name in gathered.plan.measures}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def find_current_gaps(gathered: Gathered, kept: Kept) -> dict[str, str]:
-    """Measures that have a threshold, and nothing in the current period to compare with it."""
-    names = [name for name in kept.thresholds if not gathered.counts[name][:, -1].any()]
-    return dict.fromkeys(names, "nothing was counted in the current period")
-
-
-def learn_thresholds(
-    monitor: MonitorConfig, gathered: Gathered, origin: Facts, *, seed: int = 0
-) -> Kept:
-    """Thresholds of all measures that the reference period tells any for.
-
-    Args:
-        origin: what they are computed from, beside the periods; with `settings`, of
-            `describe_settings`, they are found again.
-    """
-    gaps, periods = find_gaps(gathered), gathered.plan.periods
+def judge(
+    monitor: MonitorConfig, gathered: Gathered, gaps: Mapping[str, str], *, seed: int = 0
+) -> dict[str, Facts]:
+    """Drift, threshold and alarm of each measure without a gap, with both sides' shares."""
     measures = [one for name, one in gathered.plan.measures.items() if name not in gaps]
-    thresholds = find_thresholds(
+    needed = least_resamples(len(measures), monitor.false_alarm_rate)
+    judged = judge_drift(
         measures,
         {one.name: split_windows(gathered, one.name) for one in measures},
+        {one.name: gathered.counts[one.name][:, -1] for one in measures},
         false_alarm_rate=monitor.false_alarm_rate,
-        num_resamples=monitor.num_resamples,
+        num_resamples=max(monitor.num_resamples, _RESAMPLES_BEYOND * needed),
         seed=seed,
     )
-    computed_from = {
-        **origin,
-        "periods": periods.describe(),
-        "reference_until_us": periods.reference_until_us,
+    return {
+        one.name: {
+            "kind": one.kind,
+            "alarm": judged[one.name].is_alarm,
+            **asdict(judged[one.name]),
+            **_describe_sides(one, gathered.counts[one.name]),
+        }
+        for one in measures
     }
-    return Kept(computed_from, gathered.plan.score_edges, thresholds)
 
 
 def split_windows(gathered: Gathered, name: str) -> np.ndarray:
     """Counts of the reference period as `drift_null` takes them, `[G, W, P, K]`."""
     counts, periods = gathered.counts[name], gathered.plan.periods
     return counts[:, :-1].reshape(len(counts), periods.num_windows, periods.days, -1)
-
-
-def judge(gathered: Gathered, kept: Kept) -> dict[str, Facts]:
-    """Drift, threshold and alarm of each measure that has both, with both sides' shares."""
-    return {
-        name: _judge(gathered.plan.measures[name], gathered.counts[name], threshold)
-        for name, threshold in kept.thresholds.items()
-        if gathered.counts[name][:, -1].any()
-    }
 
 
 def current_share(gathered: Gathered, name: str) -> float | None:
@@ -155,25 +81,13 @@ def _find_gap(name: str, gathered: Gathered) -> str | None:
             f"the reference period has counts in fewer than {LEAST_GROUPS} groups of users, or a "
             "window without any; choose another monitor.reference_until"
         )
+    if not gathered.counts[name][:, -1].any():
+        return "nothing was counted in the current period"
     return None
 
 
-def _judge(measure: Measure, counts: np.ndarray, threshold: Threshold) -> Facts:
+def _describe_sides(measure: Measure, counts: np.ndarray) -> Facts:
     reference_K, current_K = counts[:, :-1].sum(axis=(0, 1)), counts[:, -1].sum(axis=0)
-    drift = float(measure_drift(measure, reference_K, current_K))
-    found = {
-        "kind": measure.kind,
-        "drift": drift,
-        "threshold": threshold.value,
-        "alarm": drift > threshold.value,
-        "usual": threshold.usual,
-        "quantile": threshold.quantile,
-        "dispersion": threshold.dispersion,
-    }
-    return found | _describe_sides(measure, reference_K, current_K)
-
-
-def _describe_sides(measure: Measure, reference_K: np.ndarray, current_K: np.ndarray) -> Facts:
     sides = {"reference": reference_K, "current": current_K}
     if measure.kind == "coverage":
         shares = covered_shares(reference_K, current_K)
