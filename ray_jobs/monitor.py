@@ -6,14 +6,15 @@ The last week is compared with a reference period that the version was trained o
 categories are popular, in which context, with how long histories, how many items are unknown; and,
 where the endpoint logs its lists, how often the next event is on a list, how often a list is
 clicked, how much of the catalogue lists show, and the scores. Writes `report.html`, `report.md`
-and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. An alarm is drift
-that is rarer than `monitor.false_alarm_rate` where nothing moves; it does not fail the job. The
-reference period stays the same for as long as a version serves
+and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. Where nothing
+moves, a share of `monitor.false_alarm_rate` of the runs raises an alarm; alarms do not fail the
+job. The reference period stays the same for as long as a version serves
 (`<storage root>/monitor/reference.json`).
 """
 
 import json
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,18 @@ def run(config: PipelineConfig) -> Report:
     kept = read_reference(folder, settings)
     trained_until_us = artifact.manifest.get("trained_until_us")
     periods = choose_periods(config.monitor, newest_us, trained_until_us, kept)
-    is_kept = kept is not None and kept.until_us == periods.reference_until_us
+    if kept is None or kept.until_us != periods.reference_until_us:
+        kept = Reference(settings, periods.reference_until_us, score_edges=())
     gathered = gather(
         config,
         artifact,
         events,
         periods,
         events_until_us=newest_us,
-        score_edges=kept.score_edges if kept is not None and is_kept else (),
+        score_edges=kept.score_edges,
     )
     _refuse_empty_current(gathered)
-    edges = gathered.plan.score_edges
-    write_reference(folder, Reference(settings, periods.reference_until_us, edges))
+    write_reference(folder, replace(kept, score_edges=gathered.plan.score_edges))
     gaps = find_gaps(gathered)
     with timed("resample"):
         measures = judge(config.monitor, gathered, gaps, seed=config.seed)

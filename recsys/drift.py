@@ -58,9 +58,7 @@ def measure_drift(measure: Measure, reference_K: np.ndarray, current_K: np.ndarr
     return rise if measure.kind == "rise" else -rise
 
 
-def comparable_size(
-    measure: Measure, reference_K: np.ndarray, current_K: np.ndarray
-) -> np.ndarray:
+def comparable_size(measure: Measure, reference_K: np.ndarray, current_K: np.ndarray) -> np.ndarray:
     """Number of events (lists, for coverage) that both periods are worth when they are compared:
     the noise of a share's difference has the variance of a share of so many, float64 `[...]`.
     """

@@ -7,11 +7,11 @@ shifted at random within each group, all measures at once, and one window is com
 others as the judged one is. What a user does in a window stays together, so that events of one user
 count as what they are, not as independent.
 
-That is a permutation test, in which what was observed is one of the resamples (that shifts nobody):
-its rate of false alarms is exact for any number of users, however few and however unequal; Hoeffding
-(1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010), doi:10.2202/1544-6115.1585.
-Thresholds from the calm weeks alone are estimates, and a new week exceeds a quantile of few users'
-luck more often than its name says.
+That is a permutation test, in which what was observed is one of the resamples (that shifts
+nobody): its rate of false alarms is exact for any number of users, however few and however unequal;
+Hoeffding (1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010),
+doi:10.2202/1544-6115.1585. Thresholds from the calm weeks alone are estimates, and a new week
+exceeds a quantile of few users' luck more often than its name says.
 
 Resamples differ in their numbers of events, and fewer events differ by more: what is compared is
 drift in units of the noise of so many events, `comparable_size`. Then a week of half the events is
@@ -101,8 +101,8 @@ def judge_drift(
     needed = least_resamples(len(measures), false_alarm_rate)
     if num_resamples < needed:
         raise ValueError(
-            f"{num_resamples} resamples do not tell a false alarm rate of {false_alarm_rate:g} over "
-            f"{len(measures)} measures; take at least {needed}."
+            f"{num_resamples} resamples do not tell a false alarm rate of {false_alarm_rate:g} "
+            f"over {len(measures)} measures; take at least {needed}."
         )
     if not measures:
         return {}
@@ -220,7 +220,8 @@ def _events_to_strength(
 ) -> np.ndarray:
     """One over the noise of drift between so many events, but for a constant factor."""
     size = np.maximum(comparable_size(measure, reference_K, current_K), 1.0)
-    return size if measure.is_squared else np.sqrt(size)
+    strength: np.ndarray = size if measure.is_squared else np.sqrt(size)
+    return strength
 
 
 def _count_above(null_RM: np.ndarray, false_alarm_rate: float) -> int:

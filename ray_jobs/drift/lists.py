@@ -78,9 +78,9 @@ def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np
     edges = np.searchsorted(bucket[order], np.arange(plan.num_buckets + 2))
     ordered = shown.take(pa.array(order))
     for start, stop in pairwise(edges):
-        piece = ordered.slice(start, stop - start)
-        yield piece
-    yield np.unique(hash_ids(piece["session_id"].drop_null()))
+        yield ordered.slice(start, stop - start)
+    of_sessions = ordered["session_id"].slice(edges[-2])
+    yield np.unique(hash_ids(of_sessions.drop_null()))
     scores = shown["score"].to_numpy()
     is_reference = (slots < plan.periods.num_slots - 1) & ~np.isnan(scores)
     yield scores[is_reference][:_SAMPLED_SCORES]

@@ -39,11 +39,10 @@ _HOW = (
     "Drift is the population stability index (PSI) of two histograms, and of a share by how much "
     "it rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin "
     "that one period lacks is smoothed, and values that the version does not know are one bin of "
-    "their own. A threshold is what drift exceeds by chance: the windows of both periods are "
-    "exchanged at random within groups of users, and one is compared with the others; {rate:.1%} of "
-    "these are beyond any threshold, and so are as many runs without drift. Dispersion is how much "
-    "more days vary than users explain; thresholds are raised by it. What a single user does is no "
-    "alarm."
+    "their own. Thresholds are what chance makes of drift: windows of both periods are exchanged "
+    "at random within groups of users, and one is compared with the others; {rate:.1%} of these "
+    "are beyond any threshold, and so are as many runs without drift. Dispersion is how much more days "
+    "vary than users explain; thresholds are raised by it. What a single user does is no alarm."
 )
 
 
