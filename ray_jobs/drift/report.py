@@ -41,8 +41,9 @@ _HOW = (
     "that one period lacks is smoothed, and values that the version does not know are one bin of "
     "their own. Thresholds are what chance makes of drift: windows of both periods are exchanged "
     "at random within groups of users, and one is compared with the others; {rate:.1%} of these "
-    "are beyond any threshold, and so are as many runs without drift. Dispersion is how much more days "
-    "vary than users explain; thresholds are raised by it. What a single user does is no alarm."
+    "are beyond any threshold, and so are as many runs without drift. Dispersion is how much more "
+    "days vary than users explain; thresholds are raised by it. What a single user does is no "
+    "alarm."
 )
 
 
