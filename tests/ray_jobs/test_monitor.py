@@ -20,13 +20,14 @@ from data_lake.tables import commit_parts, create_table, open_table, upsert, wri
 from ray_jobs import monitor
 from ray_jobs.config import MonitorConfig, PipelineConfig
 from ray_jobs.drift.axes import DAY_US, Periods
-from ray_jobs.drift.verdict import Kept
+from ray_jobs.drift.reference import Reference
 from ray_jobs.errors import JobError
 from recsys.artifact import publish
 from recsys.errors import ArtifactError
 from recsys.registry import promote
 from serve_app.exposures import SCHEMA
 from tests.conftest import make_shop, write_artifact
+from tests.ray_jobs.drift.toys import exposure
 
 START = datetime(2025, 10, 6, tzinfo=UTC)
 START_US = round(START.timestamp() * 1e6)
@@ -62,9 +63,13 @@ def make_events(days, *, seed, shuffled=False):
     devices = rng.choice(
         ["mobile", "desktop"], num_events, p=(0.3, 0.7) if shuffled else (0.6, 0.4)
     )
+    users = rng.integers(0, NUM_USERS, num_events)
     return pa.table(
         {
-            "user_id": [f"u{n}" for n in rng.integers(0, NUM_USERS, num_events)],
+            "user_id": [f"u{n}" for n in users],
+            "session_id": [
+                f"s{n} of day {at // DAY_US}" for n, at in zip(users, times, strict=True)
+            ],
             "item_id": items,
             "timestamp": pa.array(times, pa.timestamp("us", tz="UTC")),
             "event_type": rng.choice(["view", "purchase"], num_events, p=(0.9, 0.1)),
@@ -90,7 +95,9 @@ def write_events(root, events):
 
 
 def write_lists(root, events, *, hit_rate, seed=0):
-    """A list a minute before every third event, which has its item in so many of the cases."""
+    """A list a minute before every third event, which has its item in so many of the cases; every
+    fourth list is of somebody who is known by a session alone.
+    """
     rng = np.random.default_rng(seed)
     seen = events.take(np.arange(0, events.num_rows, 3))
     lists = [rng.permutation(40)[:10].tolist() for _ in range(seen.num_rows)]
@@ -100,7 +107,9 @@ def write_lists(root, events, *, hit_rate, seed=0):
         if rng.random() < hit_rate:
             names[3] = row["item_id"]
         at = row["timestamp"] - timedelta(minutes=1)
-        rows.append(exposure(row["user_id"], at, names, top_score=rng.normal()))
+        user_id = None if len(rows) % 4 == 3 else row["user_id"]
+        session_id = row["session_id"]
+        rows.append(exposure(user_id, at, names, session_id=session_id, top_score=rng.normal()))
     folder = root / "exposures"
     folder.mkdir(parents=True, exist_ok=True)
     for day, some in groupby(rows, key=lambda row: row["timestamp"].date()):
@@ -161,7 +170,11 @@ def test_a_calm_week_is_calm_and_another_is_not(tmp_path, ray_cluster):
     )
     assert facts["current"]["live_hit_rate"] == pytest.approx(0.4, abs=0.05)
     assert facts["current"]["unknown_items"] == 0
-    thresholds = (tmp_path / "monitor" / "thresholds.json").read_text()
+    # Lists of sessions count: every third event had a list, and all lists are answered.
+    assert facts["measures"]["live_hit_rate"]["num_current"] == pytest.approx(
+        7 * NUM_USERS / 3, rel=0.02
+    )
+    reference = (tmp_path / "monitor" / "reference.json").read_text()
 
     strange = make_events(range(CALM_DAYS, ALL_DAYS), seed=2, shuffled=True)
     write_events(tmp_path, strange)
@@ -172,8 +185,8 @@ def test_a_calm_week_is_calm_and_another_is_not(tmp_path, ray_cluster):
     assert not alarms(facts) & {"context_segment", "context_hour", "history_length", "scores"}
     assert report.headline.startswith("drift in popularity, items")
     assert facts["current"]["unknown_items"] == pytest.approx(0.1, abs=0.02)
-    # The same version serves: the reference period is the same, and so is what it told.
-    assert (tmp_path / "monitor" / "thresholds.json").read_text() == thresholds
+    # The same version serves: what is compared with is the same.
+    assert (tmp_path / "monitor" / "reference.json").read_text() == reference
 
     found = gauges(tmp_path)
     for name in facts["measures"]:
@@ -242,7 +255,7 @@ def test_reports_need_a_folder(tmp_path):
 def test_the_reference_period_ends_with_training_and_before_the_current_one(
     trained_day, kept_day, expected_day
 ):
-    kept = None if kept_day is None else Kept({"reference_until_us": kept_day * DAY_US}, (), {})
+    kept = None if kept_day is None else Reference({}, kept_day * DAY_US, ())
     trained_us = None if trained_day is None else trained_day * DAY_US - 1
     periods = monitor.choose_periods(MonitorConfig(), 100 * DAY_US - 1, trained_us, kept)
     assert periods == Periods(expected_day * DAY_US, 100 * DAY_US, 2, 7)

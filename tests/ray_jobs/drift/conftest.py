@@ -11,8 +11,8 @@ from tests.ray_jobs.drift.toys import plan_of
 
 @pytest.fixture
 def toy(tmp_path):
-    """A file of events at day, user, item, type, device and session; and a plan: two reference days, one
-    more between, and a current day.
+    """A file of events at day, user, item, type, device and session; and a plan: two reference
+    days, one more between, and a current day.
     """
     rows = [
         (0.1, "u1", "a", "view", "mobile", "s1"),
