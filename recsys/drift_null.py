@@ -23,7 +23,8 @@ held against a quantile of its own null, the same one for all, as far out as nee
 
 Two things lie outside. Days differ for all users alike (a feast, a campaign): where the same days
 of two calm windows differ by more than users explain, beyond doubt, thresholds are raised by that
-factor. And what a single user does, however much, moves one group only, and is no alarm.
+factor. And what a single user does, however much, moves one group only: one resample of W + 1 does
+as much, and it is no more than W + 1 times as often an alarm as nothing is.
 """
 
 from collections.abc import Mapping, Sequence

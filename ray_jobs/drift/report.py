@@ -42,8 +42,8 @@ _HOW = (
     "their own. Thresholds are what chance makes of drift: windows of both periods are exchanged "
     "at random within groups of users, and one is compared with the others; {rate:.1%} of these "
     "are beyond any threshold, and so are as many runs without drift. Dispersion is how much more "
-    "days vary than users explain; thresholds are raised by it. What a single user does is no "
-    "alarm."
+    "days vary than users explain; thresholds are raised by it. What a single user does, "
+    "however much, is seldom an alarm."
 )
 
 

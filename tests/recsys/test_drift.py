@@ -50,7 +50,7 @@ def draw(generator, shares, *, size, groups=64, windows=3, days=4, clumps=5):
 def judge(counts, current, *, rate=0.05, **changes):
     """Verdicts on `[G, K]` of the measures that there are counts `[G, W, P, K]` of."""
     measures = [one for one in MEASURES if one.name in counts]
-    arguments = {"false_alarm_rate": rate, "num_resamples": 400} | changes
+    arguments = {"false_alarm_rate": rate, "num_resamples": 200} | changes
     return judge_drift(measures, counts, current, **arguments)
 
 
@@ -153,10 +153,10 @@ def test_buckets_hold_half_of_the_events_the_next_forty_percent_and_the_rest():
     ids=["many users", "few users", "a week of few events", "a week of many"],
 )
 def test_alarms_without_drift_are_as_rare_as_asked_for(drawing):
-    runs = [find_alarms(np.random.default_rng(seed), SHARES, **drawing) for seed in range(200)]
+    runs = [find_alarms(np.random.default_rng(seed), SHARES, **drawing) for seed in range(100)]
     num_alarms = sum(bool(alarms) for alarms in runs)
-    # 10 are expected; a rate of 0.05 gives more than 19 in one of 400 tries.
-    assert 1 <= num_alarms <= 19
+    # 5 are expected; a rate of 0.05 gives more than 12 in one of 600 tries.
+    assert 1 <= num_alarms <= 12
 
 
 def test_a_window_like_all_others_is_an_alarm_exactly_as_often_as_asked_for():
@@ -175,14 +175,16 @@ def test_a_window_like_all_others_is_an_alarm_exactly_as_often_as_asked_for():
         assert judged[measure.name].is_alarm == (ranks[0, m] <= allowed)
 
 
-def test_what_one_user_does_is_no_alarm():
-    generator = np.random.default_rng(9)
-    calm = draw(generator, SHARES["device"], size=30, windows=2)
-    current = draw(generator, SHARES["device"], size=30, windows=1).sum(axis=(1, 2))
-    current[0, 3] += current.sum()
-    (judged,) = judge({"device": calm}, {"device": current}).values()
-    assert judged.drift > 1
-    assert not judged.is_alarm
+def test_what_one_user_does_is_seldom_an_alarm():
+    num_alarms = 0
+    for seed in range(40):
+        windows = draw(np.random.default_rng(seed), SHARES["device"], size=30).sum(axis=2)
+        windows[0, 2, 3] = windows.sum()
+        judged = judge({"device": windows[:, :-1, None]}, {"device": windows[:, -1]})["device"]
+        assert judged.drift > 1
+        num_alarms += judged.is_alarm
+    # Shifts put that window last in one resample of three: 40 * 3 * 0.05 = 6 are expected.
+    assert num_alarms <= 12
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_a_calm_period_needs_users_and_windows():
         (
             2,
             0.001,
-            "400 resamples do not tell a false alarm rate of 0.001 over 1 measures; take at",
+            "200 resamples do not tell a false alarm rate of 0.001 over 1 measures; take at",
         ),
     ],
 )
