@@ -14,6 +14,7 @@ job. The reference period stays the same for as long as a version serves
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -192,17 +193,25 @@ def _publish(config: PipelineConfig, facts: Facts) -> None:
 def _report(facts: Facts, written: Path) -> Report:
     measures = facts["measures"]
     alarms = [name for name, found in measures.items() if found["alarm"]]
-    what = ", ".join(alarms) if alarms else "nothing moved beyond chance"
+    calm = "nothing moved beyond chance" if measures else "nothing could be judged"
     figures: dict[str, Any] = {
         "version": facts["version"],
         **facts["periods"],
         "measures": len(measures),
         "alarms": len(alarms),
         **{name: value for name, value in facts["current"].items() if value is not None},
-        "gaps": "; ".join(f"{name}: {reason}" for name, reason in facts["gaps"].items()) or "none",
+        "gaps": _join_gaps(facts["gaps"]) or "none",
         "report": str(written / "report.html"),
     }
-    return Report("monitor", f"drift in {what}" if alarms else what, figures)
+    return Report("monitor", f"drift in {', '.join(alarms)}" if alarms else calm, figures)
+
+
+def _join_gaps(gaps: Mapping[str, str]) -> str:
+    """Each reason once, behind all measures that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in gaps.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
 def _age_of_version(artifact: Artifact) -> float | None:

@@ -75,6 +75,8 @@ def describe_verdict(facts: Facts) -> str:
     """Which measures moved, in a sentence."""
     alarms = [name for name, found in facts["measures"].items() if found["alarm"]]
     judged = len(facts["measures"])
+    if not judged:
+        return "No measure could be judged."
     if not alarms:
         return f"None of {judged} measures moved beyond what happens without drift."
     return f"{len(alarms)} of {judged} measures moved: {', '.join(alarms)}."

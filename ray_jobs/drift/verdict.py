@@ -76,11 +76,15 @@ def _find_gap(name: str, gathered: Gathered) -> str | None:
             f"the lake's events begin on {as_text(gathered.first_event_us)}, and what was new in "
             f"the reference period is known with events since {as_text(needed_us)}"
         )
-    if not can_be_judged(split_windows(gathered, name)):
+    windows = split_windows(gathered, name)
+    if not windows.any(axis=(0, 2, 3)).all():
         return (
-            f"the reference period has counts in fewer than {LEAST_GROUPS} groups of users, or a "
-            "window without any; choose another monitor.reference_until"
+            f"of the {periods.num_windows} windows of {periods.days} days that end with "
+            f"{as_text(periods.reference_until_us)} some have no counts; wait for more history, "
+            "lower monitor.days, or choose another monitor.reference_until"
         )
+    if not can_be_judged(windows):
+        return f"the reference period has counts in fewer than {LEAST_GROUPS} groups of users"
     if not gathered.counts[name][:, -1].any():
         return "nothing was counted in the current period"
     return None
