@@ -11,7 +11,8 @@ That is a permutation test, in which what was observed is one of the resamples (
 nobody): its rate of false alarms is exact for any number of users, however few and however unequal;
 Hoeffding (1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010),
 doi:10.2202/1544-6115.1585. Thresholds from the calm weeks alone are estimates, and a new week
-exceeds a quantile of few users' luck more often than its name says.
+exceeds a quantile of few users' luck more often than its name says. Measured:
+`benchmarks/results/drift.md`.
 
 Resamples differ in their numbers of events, and fewer events differ by more: what is compared is
 drift in units of the noise of so many events, `comparable_size`. Then a week of half the events is
@@ -161,7 +162,8 @@ def find_dispersion(measure: Measure, calm: np.ndarray, *, seed: int = 0) -> flo
     # The first one shifts nobody: that is what was observed.
     shifts_RG[0] = 0
     strength_R = np.zeros(len(shifts_RG))
-    for window in range(num_windows):
+    # Of two windows each is as far from the other: one is enough.
+    for window in range(num_windows if num_windows > 2 else 1):
         chosen = _choose((shifts_RG + window) % num_windows, num_windows)
         for day in np.moveaxis(calm, 2, 0):
             drift_R = measure_drift(measure, *_sides(day, chosen))

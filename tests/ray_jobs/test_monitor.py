@@ -220,11 +220,11 @@ def test_without_lists_the_rest_is_judged_and_the_gap_is_stated(tmp_path, ray_cl
     with pytest.raises(JobError, match="There is no event in the current period, 2026-01-01"):
         monitor.run(pipeline(tmp_path, days=1, reference_windows=7, current_until=late))
 
-    # Five weeks lie before the last two, and three windows are six.
-    report = monitor.run(pipeline(tmp_path, days=14, reference_windows=3))
+    # Five weeks lie before the last two, and four such windows are eight.
+    report = monitor.run(pipeline(tmp_path, days=14, reference_windows=4))
     assert report.headline == "nothing could be judged"
     assert "popularity, items, categories" in report.figures["gaps"]
-    assert "of the 3 windows of 14 days that end with" in report.figures["gaps"]
+    assert "of the 4 windows of 14 days that end with" in report.figures["gaps"]
 
 
 def test_nothing_that_serves_is_one_sentence(tmp_path):
