@@ -54,7 +54,7 @@ SHOP = ShopConfig(
 # Sign-ups end after 70 % of the days: from there on, and a history later, all days are alike.
 FIRST_DAY, REFERENCE_UNTIL, CURRENT_UNTIL = 84, 119, 126
 UNKNOWN_IDS = np.arange(20) + FIRST_ITEM_ID + SHOP.num_items
-MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=1_000)
+MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=2_000)
 STRENGTHS = (0.02, 0.05, 0.1, 0.2)
 LIST_SHARE, LIST_LENGTH, MINUTE_US = 0.25, 10, 60_000_000
 NEVER_US = np.iinfo(np.int64).max
