@@ -42,8 +42,8 @@ from recsys.artifact import Artifact, load_artifact
 from recsys.registry import serving_version
 
 _LIVE = {
-    "live_hit_rate": "Share of lists that had the user's next event among their first ten.",
-    "live_click_through": "Share of lists that had an item of the user's events soon after.",
+    "live_hit_rate": "Share of lists that had the visitor's next event among their first ten.",
+    "live_click_through": "Share of lists that had an item of the visitor's events soon after.",
     "unknown_items": "Share of events on items that the version that serves does not know.",
 }
 

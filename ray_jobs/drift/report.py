@@ -30,9 +30,10 @@ _MEANINGS = {
     "scores": "score of the first item of lists of this version, in deciles",
     "unknown_items": "share of events on items that the version does not know; in the reference "
     "period, that one trained just before the window could not have known",
-    "live_hit_rate": "share of lists with the user's next event among the first ten, of lists that "
-    "an event followed in time",
-    "live_click_through": "share of lists with an item that the user turned to in time",
+    "live_hit_rate": "share of lists with the visitor's next event among the first ten, of lists "
+    "that an event followed in time",
+    "live_click_through": "share of lists with an item that the visitor turned to in time; lists "
+    "that no user id but a session is known of count where the lake has events of the session",
     "coverage": "share of the catalogue that equally many lists of either period show",
 }
 _HOW = (
