@@ -283,6 +283,23 @@ def run(first_part: int, num_calm: int, num_drifting: int, max_seconds: float) -
     }
 
 
+def add_runs(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the calm runs of both; what was detected is that of the earlier one."""
+    totals = {name: earlier[name] + later[name] for name in ("calm_runs", "runs_with_false_alarm")}
+    by_measure = Counter(earlier["false_alarms_by_measure"])
+    by_measure.update(later["false_alarms_by_measure"])
+    num_events = sum(
+        one["events_of_the_current_week"] * one["calm_runs"] for one in (earlier, later)
+    )
+    return {
+        **earlier,
+        **totals,
+        "seconds": round(earlier["seconds"] + later["seconds"], 1),
+        "events_of_the_current_week": num_events / totals["calm_runs"],
+        "false_alarms_by_measure": dict(by_measure.most_common()),
+    }
+
+
 def names_of(alarms: Mapping[str, bool]) -> set[str]:
     return {name for name, is_alarm in alarms.items() if is_alarm}
 
@@ -373,8 +390,17 @@ def main() -> None:
     parser.add_argument("--drifting", type=int, default=20, help="of them changed as well")
     parser.add_argument("--max-seconds", type=float, default=900.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="calm runs, to those of the record")
     arguments = parser.parse_args()
-    result = run(arguments.first_part, arguments.calm, arguments.drifting, arguments.max_seconds)
+    if arguments.add:
+        earlier = json.loads((arguments.results / "drift.json").read_text())
+        next_part = earlier["first_part"] + earlier["calm_runs"]
+        later = run(next_part, arguments.calm, 0, arguments.max_seconds)
+        result = add_runs(earlier, later)
+    else:
+        result = run(
+            arguments.first_part, arguments.calm, arguments.drifting, arguments.max_seconds
+        )
     (arguments.results / "drift.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.results / "drift.md").write_text(render(result))
     print(render(result))
