@@ -170,9 +170,9 @@ def test_a_calm_week_is_calm_and_another_is_not(tmp_path, ray_cluster):
     )
     assert facts["current"]["live_hit_rate"] == pytest.approx(0.4, abs=0.05)
     assert facts["current"]["unknown_items"] == 0
-    # Lists of sessions count: every third event had a list, and all lists are answered.
+    # Every third event had a list, and all of them are answered: those of sessions, a quarter, too.
     assert facts["measures"]["live_hit_rate"]["num_current"] == pytest.approx(
-        7 * NUM_USERS / 3, rel=0.02
+        7 * NUM_USERS / 3, rel=0.1
     )
     reference = (tmp_path / "monitor" / "reference.json").read_text()
 
