@@ -8,11 +8,12 @@ others as the judged one is. What a user does in a window stays together, so tha
 count as what they are, not as independent.
 
 That is a permutation test, in which what was observed is one of the resamples (that shifts
-nobody): its rate of false alarms is exact for any number of users, however few and however unequal;
-Hoeffding (1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010),
+nobody): for windows that can be exchanged its rate of false alarms is exact, however few and
+unequal users are; Hoeffding (1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010),
 doi:10.2202/1544-6115.1585. Thresholds from the calm weeks alone are estimates, and a new week
-exceeds a quantile of few users' luck more often than its name says. Measured:
-`benchmarks/results/drift.md`.
+exceeds a quantile of few users' luck more often than its name says. What is learned from the calm
+weeks (deciles of scores, which items are popular) cannot be exchanged, to little effect: measured
+in `benchmarks/results/drift.md`.
 
 Resamples differ in their numbers of events, and fewer events differ by more: what is compared is
 drift in units of the noise of so many events, `comparable_size`. Then a week of half the events is
@@ -24,8 +25,8 @@ held against a quantile of its own null, the same one for all, as far out as nee
 
 Two things lie outside. Days differ for all users alike (a feast, a campaign): where the same days
 of two calm windows differ by more than users explain, beyond doubt, thresholds are raised by that
-factor. And what a single user does, however much, moves one group only: one resample of W + 1 does
-as much, and it is no more than W + 1 times as often an alarm as nothing is.
+factor. And what a single user does, however much, moves one group only: one in W + 1 resamples does
+as much, so that it is an alarm at most about W + 1 times as often as nothing is.
 """
 
 from collections.abc import Mapping, Sequence
