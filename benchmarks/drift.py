@@ -119,7 +119,8 @@ def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
     # Items that a change may bring, which have no events yet.
     others = np.concatenate([shop.catalogue.item_ids, UNKNOWN_IDS])
     nothing = np.zeros(len(others), np.int64)
-    later = {"item_id": others, "first_us": nothing + NEVER_US, "even": nothing, "odd": nothing}
+    later = {"item_id": others, "first_us": nothing + NEVER_US}
+    later |= dict.fromkeys(("even", "odd", "reference"), nothing)
     counted = add_items([counted, pa.table(later)])
     items, labels = learn_items(counted, known, items_table(shop).select(["item_id", "category"]))
     slots = periods.slot_of(week.lists["time_us"].to_numpy())

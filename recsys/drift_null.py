@@ -11,9 +11,9 @@ That is a permutation test, in which what was observed is one of the resamples (
 nobody): for windows that can be exchanged its rate of false alarms is exact, however few and
 unequal users are; Hoeffding (1952), doi:10.1214/aoms/1177729436, and Phipson & Smyth (2010),
 doi:10.2202/1544-6115.1585. Thresholds from the calm weeks alone are estimates, and a new week
-exceeds a quantile of few users' luck more often than its name says. What is learned from the calm
-weeks (deciles of scores, which items are popular) cannot be exchanged, to little effect: measured
-in `benchmarks/results/drift.md`.
+exceeds a quantile of few users' luck more often than its name says. What counts are sorted by must
+come from all windows or from none, else it tells one from the others. Measured:
+`benchmarks/results/drift.md`.
 
 Resamples differ in their numbers of events, and fewer events differ by more: what is compared is
 drift in units of the noise of so many events, `comparable_size`. Then a week of half the events is

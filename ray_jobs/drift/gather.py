@@ -117,7 +117,7 @@ def _count_items(
 
 
 def _refuse_empty_reference(counted: pa.Table, periods: Periods) -> None:
-    if not pc.sum(counted["even"]).as_py() + pc.sum(counted["odd"]).as_py():
+    if not pc.sum(counted["reference"]).as_py():
         times = periods.describe()
         raise JobError(
             f"There is no event in the reference period, {times['reference_from']} to "

@@ -21,8 +21,8 @@ Facts = Mapping[str, Any]
 
 _MEANINGS = {
     "popularity": "events on items that half of the events fall on (head), the next 40 % (torso), "
-    "the rest (tail), or none (unseen); what counts is the other half of the users in the "
-    "reference period",
+    "the rest (tail), or none (unseen); what counts is the other half of the users in both "
+    "periods",
     "items": "events by item, in 64 groups of items by hash",
     "categories": "events by category of the item",
     "context_hour": "events by hour on the shop's clock",

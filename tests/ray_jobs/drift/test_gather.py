@@ -12,7 +12,8 @@ START_US = 20_367 * DAY_US
 
 
 def test_a_reference_period_without_events_is_one_sentence():
-    counted = pa.table({"item_id": ["i1"], "first_us": [0], "even": [0], "odd": [0]})
+    found = {"item_id": ["i1"], "first_us": [0], "even": [4], "odd": [0], "reference": [0]}
+    counted = pa.table(found)
     periods = Periods(START_US, START_US + 7 * DAY_US, 2, 7)
     with pytest.raises(JobError, match=r"reference period, 2025-09-22.* to 2025-10-06.*; set"):
         _refuse_empty_reference(counted, periods)
