@@ -387,8 +387,8 @@ def render(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first-part", type=int, default=400, help="of the shop's visitors")
-    parser.add_argument("--calm", type=int, default=600, help="runs without drift")
-    parser.add_argument("--drifting", type=int, default=20, help="of them changed as well")
+    parser.add_argument("--calm", type=int, default=825, help="runs without drift")
+    parser.add_argument("--drifting", type=int, default=8, help="of them changed as well")
     parser.add_argument("--max-seconds", type=float, default=900.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--add", action="store_true", help="calm runs, to those of the record")
