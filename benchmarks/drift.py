@@ -6,7 +6,8 @@ Each run is a shop of its own: other visitors under the same law, who are shown 
 what they look at. Nothing moves by itself: no item is new, and the days that are looked at lie
 where visitors neither grow more nor fewer. The current week is then changed: a share of its events
 (or lists) is replaced by something else. Thresholds, counts and verdicts are those of
-`ray_jobs.monitor`, without Ray. Writes `benchmarks/results/drift.json` and `drift.md`.
+`ray_jobs.monitor`, without Ray. `--first-part` chooses other visitors. Writes
+`benchmarks/results/drift.json` and `drift.md`.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from data_lake.synthetic_events import generate_part
 from data_lake.synthetic_rows import clean_rows
 from data_lake.synthetic_visits import users_table
 from ray_jobs.config import MonitorConfig
-from ray_jobs.drift_axes import DAY_US, Periods, group_of
-from ray_jobs.drift_counts import count_bucket
-from ray_jobs.drift_gather import Gathered
-from ray_jobs.drift_items import add_items, count_items, learn_items
-from ray_jobs.drift_lists import find_score_edges
-from ray_jobs.drift_plan import Counts, Plan
-from ray_jobs.drift_verdict import Kept, judge, learn_thresholds
+from ray_jobs.drift.axes import DAY_US, Periods, group_of
+from ray_jobs.drift.counts import count_bucket
+from ray_jobs.drift.gather import Gathered
+from ray_jobs.drift.items import add_items, count_items, learn_items
+from ray_jobs.drift.lists import find_score_edges
+from ray_jobs.drift.plan import Counts, Plan
+from ray_jobs.drift.verdict import find_gaps, judge
 from recsys.context import ContextConfig, ContextEncoder
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +54,7 @@ SHOP = ShopConfig(
 # Sign-ups end after 70 % of the days: from there on, and a history later, all days are alike.
 FIRST_DAY, REFERENCE_UNTIL, CURRENT_UNTIL = 84, 119, 126
 UNKNOWN_IDS = np.arange(20) + FIRST_ITEM_ID + SHOP.num_items
-MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=1_000)
+MONITOR = MonitorConfig(history_days=14, false_alarm_rate=0.05, num_resamples=2_000)
 STRENGTHS = (0.02, 0.05, 0.1, 0.2)
 LIST_SHARE, LIST_LENGTH, MINUTE_US = 0.25, 10, 60_000_000
 NEVER_US = np.iinfo(np.int64).max
@@ -106,7 +107,7 @@ def list_rows(
 
 
 def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
-    """As `ray_jobs.drift_gather` makes it; the version knows every item of earlier events."""
+    """As `ray_jobs.drift.gather` makes it; the version knows every item of earlier events."""
     start_us = shop.config.start_us
     days = MONITOR.days
     periods = Periods(
@@ -118,7 +119,8 @@ def make_plan(shop: Shop, week: Week, folder: Path) -> Plan:
     # Items that a change may bring, which have no events yet.
     others = np.concatenate([shop.catalogue.item_ids, UNKNOWN_IDS])
     nothing = np.zeros(len(others), np.int64)
-    later = {"item_id": others, "first_us": nothing + NEVER_US, "even": nothing, "odd": nothing}
+    later = {"item_id": others, "first_us": nothing + NEVER_US}
+    later |= dict.fromkeys(("even", "odd", "reference"), nothing)
     counted = add_items([counted, pa.table(later)])
     items, labels = learn_items(counted, known, items_table(shop).select(["item_id", "category"]))
     slots = periods.slot_of(week.lists["time_us"].to_numpy())
@@ -154,7 +156,8 @@ def write_events(events: pa.Table, folder: Path) -> str:
 
 
 def count_week(week: Week, plan: Plan, folder: Path) -> Counts:
-    counts = count_bucket([write_events(week.events, folder)], [week.users], plan, week.lists)
+    events, sessions = [write_events(week.events, folder)], np.empty(0, np.uint64)
+    counts, _ = count_bucket(events, [week.users], plan, sessions, week.lists)
     return {name: found.astype(np.int64) for name, found in counts.items()}
 
 
@@ -235,12 +238,14 @@ def change_week(
     return replace(week, lists=LIST_CHANGES[name][0](shop, week.lists, chosen, rng))
 
 
-def find_alarms(counts: Counts, plan: Plan, kept: Kept) -> set[str]:
-    found = judge(Gathered(counts, plan, 0), kept)
-    return {name for name, facts in found.items() if facts["alarm"]}
+def find_alarms(counts: Counts, plan: Plan) -> dict[str, bool]:
+    """Of each measure that is judged, whether it is an alarm."""
+    gathered = Gathered(counts, plan, 0)
+    judged = judge(MONITOR, gathered, find_gaps(gathered))
+    return {name: facts["alarm"] for name, facts in judged.items()}
 
 
-def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
+def run(first_part: int, num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
     """Calm runs until they are enough or the time is over; the first ones are changed as well."""
     started = time.perf_counter()
     shop = build_shop(SHOP, 0)
@@ -249,20 +254,20 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
     found: dict[tuple[str, float], list[set[str]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in range(num_calm):
+        for part in range(first_part, first_part + num_calm):
             if time.perf_counter() - started > max_seconds:
                 break
             week = draw_week(shop, part, folder)
             plan = make_plan(shop, week, folder)
             counts = count_week(week, plan, folder)
-            kept = learn_thresholds(MONITOR, Gathered(counts, plan, 0), {})
-            alarms = find_alarms(counts, plan, kept)
-            measures |= kept.thresholds.keys()
+            judged = find_alarms(counts, plan)
+            alarms = names_of(judged)
+            measures |= judged.keys()
             false_alarms.update(alarms)
             num_false, done = num_false + bool(alarms), done + 1
             num_events.append(int(counts["popularity"][:, -1].sum()))
-            if part < num_drifting:
-                for one in drift_once(shop, week, plan, counts, kept, folder, part):
+            if done <= num_drifting:
+                for one in drift_once(shop, week, plan, counts, folder, part):
                     found.setdefault(one[:2], []).append(one[2])
     return {
         "machine": machine(),
@@ -271,6 +276,7 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
         "events_of_the_current_week": float(np.mean(num_events)),
         "measures": sorted(measures),
         "false_alarm_rate_asked": MONITOR.false_alarm_rate,
+        "first_part": first_part,
         "calm_runs": done,
         "runs_with_false_alarm": num_false,
         "false_alarms_by_measure": dict(false_alarms.most_common()),
@@ -278,8 +284,29 @@ def run(num_calm: int, num_drifting: int, max_seconds: float) -> dict[str, Any]:
     }
 
 
+def add_runs(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the calm runs of both; what was detected is that of the earlier one."""
+    totals = {name: earlier[name] + later[name] for name in ("calm_runs", "runs_with_false_alarm")}
+    by_measure = Counter(earlier["false_alarms_by_measure"])
+    by_measure.update(later["false_alarms_by_measure"])
+    num_events = sum(
+        one["events_of_the_current_week"] * one["calm_runs"] for one in (earlier, later)
+    )
+    return {
+        **earlier,
+        **totals,
+        "seconds": round(earlier["seconds"] + later["seconds"], 1),
+        "events_of_the_current_week": num_events / totals["calm_runs"],
+        "false_alarms_by_measure": dict(by_measure.most_common()),
+    }
+
+
+def names_of(alarms: Mapping[str, bool]) -> set[str]:
+    return {name for name, is_alarm in alarms.items() if is_alarm}
+
+
 def drift_once(
-    shop: Shop, week: Week, plan: Plan, calm: Counts, kept: Kept, folder: Path, part: int
+    shop: Shop, week: Week, plan: Plan, calm: Counts, folder: Path, part: int
 ) -> Iterator[tuple[str, float, set[str]]]:
     """Every change in every strength: the alarms that it raises."""
     recent = cut(week, plan)
@@ -290,7 +317,7 @@ def drift_once(
             counts = count_week(changed, plan, folder)
             for measure, found in counts.items():
                 found[:, :-1] = calm[measure][:, :-1]
-            yield name, strength, find_alarms(counts, plan, kept)
+            yield name, strength, names_of(find_alarms(counts, plan))
 
 
 def cut(week: Week, plan: Plan) -> Week:
@@ -359,12 +386,22 @@ def render(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calm", type=int, default=300, help="runs without drift")
-    parser.add_argument("--drifting", type=int, default=20, help="of them changed as well")
-    parser.add_argument("--max-seconds", type=float, default=280.0)
+    parser.add_argument("--first-part", type=int, default=400, help="of the shop's visitors")
+    parser.add_argument("--calm", type=int, default=825, help="runs without drift")
+    parser.add_argument("--drifting", type=int, default=8, help="of them changed as well")
+    parser.add_argument("--max-seconds", type=float, default=900.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="calm runs, to those of the record")
     arguments = parser.parse_args()
-    result = run(arguments.calm, arguments.drifting, arguments.max_seconds)
+    if arguments.add:
+        earlier = json.loads((arguments.results / "drift.json").read_text())
+        next_part = earlier["first_part"] + earlier["calm_runs"]
+        later = run(next_part, arguments.calm, 0, arguments.max_seconds)
+        result = add_runs(earlier, later)
+    else:
+        result = run(
+            arguments.first_part, arguments.calm, arguments.drifting, arguments.max_seconds
+        )
     (arguments.results / "drift.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.results / "drift.md").write_text(render(result))
     print(render(result))

@@ -6,13 +6,16 @@ The last week is compared with a reference period that the version was trained o
 categories are popular, in which context, with how long histories, how many items are unknown; and,
 where the endpoint logs its lists, how often the next event is on a list, how often a list is
 clicked, how much of the catalogue lists show, and the scores. Writes `report.html`, `report.md`
-and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. Thresholds
-(`<storage root>/monitor/thresholds.json`) are learned from the reference period, once for each
-version. Alarms do not fail the job.
+and `report.json` into `<storage root>/monitor/<time>`, and figures for Prometheus. Where nothing
+moves, a share of `monitor.false_alarm_rate` of the runs raises an alarm; alarms do not fail the
+job. The reference period stays the same for as long as a version serves
+(`<storage root>/monitor/reference.json`).
 """
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,16 @@ from deltalake import DeltaTable
 from data_lake.freshness import newest_event
 from data_lake.tables import open_table
 from ray_jobs.config import MonitorConfig, PipelineConfig, expand
-from ray_jobs.drift_axes import DAY_US, Periods, as_text, as_us
-from ray_jobs.drift_gather import Gathered, gather
-from ray_jobs.drift_report import write_drift_report
-from ray_jobs.drift_verdict import (
-    Facts,
-    Kept,
-    current_share,
+from ray_jobs.drift.axes import DAY_US, Periods, as_text, as_us
+from ray_jobs.drift.gather import Gathered, gather
+from ray_jobs.drift.reference import (
+    Reference,
     describe_settings,
-    find_current_gaps,
-    find_gaps,
-    judge,
-    learn_thresholds,
-    read_kept,
-    write_kept,
+    read_reference,
+    write_reference,
 )
+from ray_jobs.drift.report import write_drift_report
+from ray_jobs.drift.verdict import Facts, current_share, find_gaps, judge
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
@@ -44,8 +42,8 @@ from recsys.artifact import Artifact, load_artifact
 from recsys.registry import serving_version
 
 _LIVE = {
-    "live_hit_rate": "Share of lists that had the user's next event among their first ten.",
-    "live_click_through": "Share of lists that had an item of the user's events soon after.",
+    "live_hit_rate": "Share of lists that had the visitor's next event among their first ten.",
+    "live_click_through": "Share of lists that had an item of the visitor's events soon after.",
     "unknown_items": "Share of events on items that the version that serves does not know.",
 }
 
@@ -58,27 +56,25 @@ def run(config: PipelineConfig) -> Report:
     events = open_table(config.storage.lake_uri, "events", config.storage.options)
     newest_us = _newest_event_us(events)
 
-    settings = describe_settings(config, artifact.version)
-    kept = read_kept(folder, settings)
+    settings = describe_settings(config.monitor, artifact.version)
+    kept = read_reference(folder, settings)
     trained_until_us = artifact.manifest.get("trained_until_us")
     periods = choose_periods(config.monitor, newest_us, trained_until_us, kept)
-    if kept is not None and kept.reference_until_us != periods.reference_until_us:
-        kept = None
-    edges = None if kept is None else kept.score_edges
+    if kept is None or kept.until_us != periods.reference_until_us:
+        kept = Reference(settings, periods.reference_until_us, score_edges=())
     gathered = gather(
-        config, artifact, events, periods, events_until_us=newest_us, score_edges=edges
+        config,
+        artifact,
+        events,
+        periods,
+        events_until_us=newest_us,
+        score_edges=kept.score_edges,
     )
     _refuse_empty_current(gathered)
+    write_reference(folder, replace(kept, score_edges=gathered.plan.score_edges))
     gaps = find_gaps(gathered)
-    if kept is None or kept.thresholds.keys() != gathered.plan.measures.keys() - gaps.keys():
-        with timed("thresholds"):
-            origin = {
-                "settings": settings,
-                "events_version": events.version(),
-                "computed_at": _now_text(),
-            }
-            kept = learn_thresholds(config.monitor, gathered, origin, seed=config.seed)
-        write_kept(folder, kept)
+    with timed("resample"):
+        measures = judge(config.monitor, gathered, gaps, seed=config.seed)
 
     facts = {
         "data": config.name,
@@ -86,12 +82,16 @@ def run(config: PipelineConfig) -> Report:
         "written_at": _now_text(),
         "periods": periods.describe(),
         "false_alarm_rate": config.monitor.false_alarm_rate,
-        "measures": judge(gathered, kept),
-        "gaps": gaps | find_current_gaps(gathered, kept),
+        "measures": measures,
+        "gaps": gaps,
         "current": {name: current_share(gathered, name) for name in _LIVE},
         "serving_version_age_s": _age_of_version(artifact),
         "newest_event_age_s": time.time() - newest_us / 1_000_000,
-        "thresholds_from": kept.computed_from,
+        "made_from": {
+            "settings": config.monitor.model_dump(mode="json"),
+            "seed": config.seed,
+            "events_version": events.version(),
+        },
     }
     written = _write(folder, facts)
     _publish(config, facts)
@@ -99,14 +99,14 @@ def run(config: PipelineConfig) -> Report:
 
 
 def choose_periods(
-    monitor: MonitorConfig, newest_us: int, trained_until_us: int | None, kept: Kept | None
+    monitor: MonitorConfig, newest_us: int, trained_until_us: int | None, kept: Reference | None
 ) -> Periods:
     """Both periods, as `MonitorConfig` says.
 
     Args:
         newest_us: time of the newest event.
         trained_until_us: of the newest event that the version was trained on, if known.
-        kept: thresholds of earlier runs for this version, whose reference period stays.
+        kept: the reference of earlier runs for this version, whose period stays.
 
     Raises: JobError where the periods would overlap.
     """
@@ -115,8 +115,8 @@ def choose_periods(
     current_from_us = current_until_us - monitor.days * DAY_US
     if monitor.reference_until is not None:
         reference_until_us = as_us(monitor.reference_until)
-    elif kept is not None and kept.reference_until_us <= current_from_us:
-        reference_until_us = kept.reference_until_us
+    elif kept is not None and kept.until_us <= current_from_us:
+        reference_until_us = kept.until_us
     else:
         trained_us = current_from_us if trained_until_us is None else trained_until_us + 1
         reference_until_us = min(trained_us, current_from_us)
@@ -193,17 +193,25 @@ def _publish(config: PipelineConfig, facts: Facts) -> None:
 def _report(facts: Facts, written: Path) -> Report:
     measures = facts["measures"]
     alarms = [name for name, found in measures.items() if found["alarm"]]
-    what = ", ".join(alarms) if alarms else "nothing moved beyond chance"
+    calm = "nothing moved beyond chance" if measures else "nothing could be judged"
     figures: dict[str, Any] = {
         "version": facts["version"],
         **facts["periods"],
         "measures": len(measures),
         "alarms": len(alarms),
         **{name: value for name, value in facts["current"].items() if value is not None},
-        "gaps": "; ".join(f"{name}: {reason}" for name, reason in facts["gaps"].items()) or "none",
+        "gaps": _join_gaps(facts["gaps"]) or "none",
         "report": str(written / "report.html"),
     }
-    return Report("monitor", f"drift in {what}" if alarms else what, figures)
+    return Report("monitor", f"drift in {', '.join(alarms)}" if alarms else calm, figures)
+
+
+def _join_gaps(gaps: Mapping[str, str]) -> str:
+    """Each reason once, behind all measures that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in gaps.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
 def _age_of_version(artifact: Artifact) -> float | None:

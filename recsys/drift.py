@@ -58,6 +58,19 @@ def measure_drift(measure: Measure, reference_K: np.ndarray, current_K: np.ndarr
     return rise if measure.kind == "rise" else -rise
 
 
+def comparable_size(measure: Measure, reference_K: np.ndarray, current_K: np.ndarray) -> np.ndarray:
+    """Number of events (lists, for coverage) that both periods are worth when they are compared:
+    the noise of a share's difference has the variance of a share of so many, float64 `[...]`.
+    """
+    num_reference, num_current = (
+        counts_K[..., 0] if measure.kind == "coverage" else counts_K.sum(axis=-1)
+        for counts_K in (reference_K, current_K)
+    )
+    both = np.maximum(num_reference + num_current, 1)
+    size: np.ndarray = num_reference * (num_current / both)
+    return size
+
+
 def psi(reference_K: np.ndarray, current_K: np.ndarray) -> np.ndarray:
     """Population stability index of two histograms `[..., K]`, in nats: 0 where shares are equal.
 

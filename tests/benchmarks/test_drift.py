@@ -9,6 +9,7 @@ from benchmarks.drift import (
     LIST_CHANGES,
     SHOP,
     UNKNOWN_IDS,
+    add_runs,
     interval,
     render,
     summarise,
@@ -75,3 +76,20 @@ def test_the_report_has_a_row_for_each_change_and_strength():
     text = render(result)
     assert f"| {name} | context_device | 4 | 50% (75%) |" in text
     assert "1 of 20 runs without drift raised any alarm, 5.0%" in text
+
+
+def test_runs_that_are_added_count_like_those_of_the_record():
+    first = {
+        "seconds": 5.0,
+        "events_of_the_current_week": 10.0,
+        "calm_runs": 3,
+        "runs_with_false_alarm": 1,
+        "false_alarms_by_measure": {"items": 1},
+        "detection": ["as it was"],
+    }
+    second = first | {"calm_runs": 1, "events_of_the_current_week": 30.0, "detection": []}
+    both = add_runs(first, second)
+    assert (both["calm_runs"], both["runs_with_false_alarm"]) == (4, 2)
+    assert both["events_of_the_current_week"] == (3 * 10 + 30) / 4
+    assert both["false_alarms_by_measure"] == {"items": 2}
+    assert both["detection"] == ["as it was"]

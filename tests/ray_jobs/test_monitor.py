@@ -1,7 +1,6 @@
 """The monitor: what it compares, what it counts, and that it tells a calm week from another."""
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import groupby
@@ -12,30 +11,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
 
 from data_lake.buckets import bucket_of
-from data_lake.errors import SourceError, TableError
+from data_lake.errors import TableError
 from data_lake.freshness import newest_event
 from data_lake.schemas import events_schema, items_schema, users_schema
 from data_lake.tables import commit_parts, create_table, open_table, upsert, write_part
 from ray_jobs import monitor
 from ray_jobs.config import MonitorConfig, PipelineConfig
-from ray_jobs.drift_answers import count_lists
-from ray_jobs.drift_axes import DAY_US, NUM_GROUPS, Periods, group_of
-from ray_jobs.drift_counts import count_bucket
-from ray_jobs.drift_gather import _refuse_empty_reference
-from ray_jobs.drift_items import MISSING, OTHER, add_items, count_items, learn_items
-from ray_jobs.drift_lists import ListsPlan, find_files, find_score_edges, split_lists
-from ray_jobs.drift_plan import Plan, Visits
-from ray_jobs.drift_verdict import Kept, read_kept, write_kept
+from ray_jobs.drift.axes import DAY_US, Periods
+from ray_jobs.drift.reference import Reference
 from ray_jobs.errors import JobError
 from recsys.artifact import publish
-from recsys.drift_null import Threshold
 from recsys.errors import ArtifactError
 from recsys.registry import promote
 from serve_app.exposures import SCHEMA
 from tests.conftest import make_shop, write_artifact
+from tests.ray_jobs.drift.toys import exposure
 
 START = datetime(2025, 10, 6, tzinfo=UTC)
 START_US = round(START.timestamp() * 1e6)
@@ -71,9 +63,13 @@ def make_events(days, *, seed, shuffled=False):
     devices = rng.choice(
         ["mobile", "desktop"], num_events, p=(0.3, 0.7) if shuffled else (0.6, 0.4)
     )
+    users = rng.integers(0, NUM_USERS, num_events)
     return pa.table(
         {
-            "user_id": [f"u{n}" for n in rng.integers(0, NUM_USERS, num_events)],
+            "user_id": [f"u{n}" for n in users],
+            "session_id": [
+                f"s{n} of day {at // DAY_US}" for n, at in zip(users, times, strict=True)
+            ],
             "item_id": items,
             "timestamp": pa.array(times, pa.timestamp("us", tz="UTC")),
             "event_type": rng.choice(["view", "purchase"], num_events, p=(0.9, 0.1)),
@@ -99,7 +95,9 @@ def write_events(root, events):
 
 
 def write_lists(root, events, *, hit_rate, seed=0):
-    """A list a minute before every third event, which has its item in so many of the cases."""
+    """A list a minute before every third event, which has its item in so many of the cases; every
+    fourth list is of somebody who is known by a session alone.
+    """
     rng = np.random.default_rng(seed)
     seen = events.take(np.arange(0, events.num_rows, 3))
     lists = [rng.permutation(40)[:10].tolist() for _ in range(seen.num_rows)]
@@ -109,18 +107,15 @@ def write_lists(root, events, *, hit_rate, seed=0):
         if rng.random() < hit_rate:
             names[3] = row["item_id"]
         at = row["timestamp"] - timedelta(minutes=1)
-        rows.append(exposure(row["user_id"], at, names, top_score=rng.normal()))
+        user_id = None if len(rows) % 4 == 3 else row["user_id"]
+        session_id = row["session_id"]
+        rows.append(exposure(user_id, at, names, session_id=session_id, top_score=rng.normal()))
     folder = root / "exposures"
     folder.mkdir(parents=True, exist_ok=True)
     for day, some in groupby(rows, key=lambda row: row["timestamp"].date()):
         table = pa.Table.from_pylist(list(some), schema=SCHEMA)
         first_us = round(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1e6)
         pq.write_table(table, folder / f"exposures-{first_us}-{first_us:032x}.parquet")
-
-
-def exposure(user_id, at, item_ids, **others):
-    row = dict.fromkeys(SCHEMA.names) | {"model_version": "v1", "source": "model"}
-    return row | {"user_id": user_id, "timestamp": at, "item_ids": item_ids, **others}
 
 
 def write_shop(root):
@@ -175,7 +170,11 @@ def test_a_calm_week_is_calm_and_another_is_not(tmp_path, ray_cluster):
     )
     assert facts["current"]["live_hit_rate"] == pytest.approx(0.4, abs=0.05)
     assert facts["current"]["unknown_items"] == 0
-    thresholds = (tmp_path / "monitor" / "thresholds.json").read_text()
+    # Every third event had a list, and all of them are answered: those of sessions, a quarter, too.
+    assert facts["measures"]["live_hit_rate"]["num_current"] == pytest.approx(
+        7 * NUM_USERS / 3, rel=0.1
+    )
+    reference = (tmp_path / "monitor" / "reference.json").read_text()
 
     strange = make_events(range(CALM_DAYS, ALL_DAYS), seed=2, shuffled=True)
     write_events(tmp_path, strange)
@@ -186,8 +185,8 @@ def test_a_calm_week_is_calm_and_another_is_not(tmp_path, ray_cluster):
     assert not alarms(facts) & {"context_segment", "context_hour", "history_length", "scores"}
     assert report.headline.startswith("drift in popularity, items")
     assert facts["current"]["unknown_items"] == pytest.approx(0.1, abs=0.02)
-    # The same version serves: the reference period is the same, and so is what it told.
-    assert (tmp_path / "monitor" / "thresholds.json").read_text() == thresholds
+    # The same version serves: what is compared with is the same.
+    assert (tmp_path / "monitor" / "reference.json").read_text() == reference
 
     found = gauges(tmp_path)
     for name in facts["measures"]:
@@ -221,6 +220,12 @@ def test_without_lists_the_rest_is_judged_and_the_gap_is_stated(tmp_path, ray_cl
     with pytest.raises(JobError, match="There is no event in the current period, 2026-01-01"):
         monitor.run(pipeline(tmp_path, days=1, reference_windows=7, current_until=late))
 
+    # Five weeks lie before the last two, and four such windows are eight.
+    report = monitor.run(pipeline(tmp_path, days=14, reference_windows=4))
+    assert report.headline == "nothing could be judged"
+    assert "popularity, items, categories" in report.figures["gaps"]
+    assert "of the 4 windows of 14 days that end with" in report.figures["gaps"]
+
 
 def test_nothing_that_serves_is_one_sentence(tmp_path):
     with pytest.raises(ArtifactError, match=r"No version in .*registry serves yet; run"):
@@ -243,18 +248,6 @@ def test_reports_need_a_folder(tmp_path):
         monitor.run(config)
 
 
-def test_a_reference_period_without_events_is_one_sentence():
-    counted = pa.table({"item_id": ["i1"], "first_us": [0], "even": [0], "odd": [0]})
-    periods = Periods(START_US, START_US + 7 * DAY_US, 2, 7)
-    with pytest.raises(JobError, match=r"reference period, 2025-09-22.* to 2025-10-06.*; set"):
-        _refuse_empty_reference(counted, periods)
-
-
-def test_a_rate_that_resamples_cannot_tell_is_refused():
-    with pytest.raises(ValidationError, match="100 resamples do not tell a false_alarm_rate of"):
-        MonitorConfig(num_resamples=100, false_alarm_rate=0.001)
-
-
 @pytest.mark.parametrize(
     ("trained_day", "kept_day", "expected_day"),
     [
@@ -268,7 +261,7 @@ def test_a_rate_that_resamples_cannot_tell_is_refused():
 def test_the_reference_period_ends_with_training_and_before_the_current_one(
     trained_day, kept_day, expected_day
 ):
-    kept = None if kept_day is None else Kept({"reference_until_us": kept_day * DAY_US}, (), {})
+    kept = None if kept_day is None else Reference({}, kept_day * DAY_US, ())
     trained_us = None if trained_day is None else trained_day * DAY_US - 1
     periods = monitor.choose_periods(MonitorConfig(), 100 * DAY_US - 1, trained_us, kept)
     assert periods == Periods(expected_day * DAY_US, 100 * DAY_US, 2, 7)
@@ -281,294 +274,6 @@ def test_periods_that_overlap_are_refused():
         monitor.choose_periods(asked, START_US + 2 * DAY_US, None, None)
 
 
-def test_slots_are_days_of_the_reference_and_the_current_period():
-    periods = Periods(2 * DAY_US, 5 * DAY_US, 2, 1)
-    times = np.array([-1, 0, DAY_US, 2 * DAY_US, 4 * DAY_US, 5 * DAY_US])
-    assert periods.slot_of(times).tolist() == [-1, 0, 1, -1, 2, -1]
-    assert periods.window_start_us(np.array([0, 1])).tolist() == [0, DAY_US]
-
-
-def plan_of(events, *, periods, **changes):
-    """A plan for items `a` to `d`, of which the catalogue lacks `d`."""
-    facts, labels = learn_items(
-        events,
-        pa.array(["a", "b", "c"]),
-        pa.table({"item_id": ["a", "b"], "category": ["x", None]}),
-    )
-    plan = Plan(
-        periods=periods,
-        items=facts,
-        category_labels=labels,
-        context=make_shop().context,
-        events_until_us=periods.current_until_us,
-        attribution_us=3600 * 1_000_000,
-        history_us=2 * DAY_US,
-        click_types=(),
-        score_edges=(),
-        options={},
-    )
-    return replace(plan, **changes)
-
-
-@pytest.fixture
-def toy(tmp_path):
-    """A file of events at day, user, item, type and device; and a plan: two reference days, one
-    more between, and a current day.
-    """
-    rows = [
-        (0.1, "u1", "a", "view", "mobile"),
-        (0.2, "u1", "b", "view", "tv"),
-        (1.2, "u1", "a", "purchase", None),
-        (2.5, "u1", "d", "view", "mobile"),
-        (3.1, "u1", "d", "view", "mobile"),
-        (3.2, "u2", "a", "view", "desktop"),
-    ]
-    days, users, items, types, devices = zip(*rows, strict=True)
-    times = pa.array([round(day * DAY_US) for day in days], pa.timestamp("us", tz="UTC"))
-    path = str(tmp_path / "events.parquet")
-    table = pa.table(
-        {
-            "user_id": users,
-            "item_id": items,
-            "event_type": types,
-            "device": devices,
-            "timestamp": times,
-        }
-    )
-    pq.write_table(table, path)
-    periods = Periods(2 * DAY_US, 4 * DAY_US, 2, 1)
-    counted = count_items([path], periods, {})
-    return path, plan_of(counted, periods=periods)
-
-
-def counts_of(counts, plan, name):
-    """What is not 0, as {slot: {label: count}}; groups added up."""
-    labels = plan.measures[name].labels
-    return {
-        slot: {labels[k]: int(found[k]) for k in np.flatnonzero(found)}
-        for slot, found in enumerate(counts[name].sum(axis=0))
-        if found.any()
-    }
-
-
-def test_events_are_counted_by_slot_and_value(toy):
-    path, plan = toy
-    counts = count_bucket([path], [], plan)
-    assert counts_of(counts, plan, "context_device") == {
-        0: {"mobile": 1, OTHER: 1},
-        1: {MISSING: 1},
-        2: {"mobile": 1, "desktop": 1},
-    }
-    assert counts_of(counts, plan, "categories") == {
-        0: {"x": 1, MISSING: 1},
-        1: {"x": 1},
-        2: {"x": 1, MISSING: 1},
-    }
-    assert counts_of(counts, plan, "context_segment")[2] == {MISSING: 2}
-    assert counts_of(counts, plan, "context_hour")[0] == {"02": 1, "04": 1}
-
-
-def test_items_are_unknown_where_the_version_or_an_earlier_one_lacks_them(toy):
-    path, plan = toy
-    counts = count_bucket([path], [], plan)
-    # On day 0 everything is new; on day 3 the catalogue decides.
-    assert counts_of(counts, plan, "unknown_items") == {
-        0: {"unknown": 2},
-        1: {"known": 1},
-        2: {"known": 1, "unknown": 1},
-    }
-
-
-def test_histories_are_the_events_of_two_days_before(toy):
-    path, plan = toy
-    counts = count_bucket([path], [], plan)
-    assert counts_of(counts, plan, "history_length") == {
-        0: {"0": 1, "1": 1},
-        1: {"2-4": 1},
-        2: {"0": 1, "2-4": 1},
-    }
-
-
-def test_popularity_is_what_the_other_half_of_the_users_made_it(toy):
-    path, plan = toy
-    is_odd = group_of(pa.array(["u1"]))[0] % 2
-    mine, others = plan.items.popularity_HI[is_odd], plan.items.popularity_HI[1 - is_odd]
-    row = plan.items.find(pa.array(["a"]))[0]
-    assert (mine[row], set(others)) == (0, {3})
-    counts = count_bucket([path], [], plan)
-    assert counts_of(counts, plan, "popularity")[0] == {"unseen": 2}
-
-
-def shown(*lists):
-    """Lists as tasks get them: day, user and items."""
-    days, users, items = zip(*lists, strict=True)
-    return pa.table(
-        {
-            "user_id": users,
-            "group": np.zeros(len(lists), np.int64),
-            "time_us": np.array([round(day * DAY_US) for day in days]),
-            "item_ids": pa.array(items, pa.list_(pa.string())),
-            "score": np.full(len(lists), np.nan),
-        }
-    )
-
-
-HOUR = 1 / 24
-
-
-def test_lists_are_hit_by_the_next_event_and_clicked_by_any(toy):
-    path, plan = toy
-    plan = replace(plan, attribution_us=3 * 3600 * 1_000_000)
-    lists = shown(
-        (0.1 - HOUR, "u1", ["b", "a"]),  # next is a: hit, click
-        (0.1, "u1", ["a"]),  # what happens at that very moment is no answer; next is b: miss
-        (0.1 - HOUR / 2, "u1", ["b"]),  # next is a: miss; b comes within three hours: click
-        (1.2 - 4 * HOUR, "u1", ["a"]),  # too early for an answer
-        (1.2 - HOUR, "u3", ["a"]),  # nobody answers
-        (3.2 - HOUR, "u2", []),  # nothing was shown
-        (4 - HOUR, "u2", ["a"]),  # the window is still open
-    )
-    counts = count_bucket([path], [], plan, lists)
-    assert counts_of(counts, plan, "live_hit_rate") == {0: {"hit": 1, "miss": 2}, 2: {"miss": 1}}
-    assert counts_of(counts, plan, "live_click_through") == {
-        0: {"click": 2, "no click": 1},
-        1: {"no click": 2},
-        2: {"no click": 1},
-    }
-    purchases = count_bucket([path], [], replace(plan, click_types=("purchase",)), lists)
-    assert counts_of(purchases, plan, "live_click_through")[0] == {"no click": 3}
-
-
-def test_the_eleventh_item_is_no_hit(toy):
-    path, plan = toy
-    lists = shown((0.1 - HOUR / 2, "u1", ["z"] * 10 + ["a"]))
-    counts = count_bucket([path], [], plan, lists)
-    assert counts_of(counts, plan, "live_hit_rate") == {0: {"miss": 1}}
-    assert counts_of(counts, plan, "live_click_through") == {0: {"click": 1}}
-
-
-def test_coverage_counts_lists_and_those_of_each_known_item(toy):
-    _, plan = toy
-    lists = shown((0.1, "u1", ["a", "d", "z"]), (0.2, None, ["a", "b"]), (2.5, "u1", ["c"]))
-    counts = count_lists(lists, plan)
-    (found,) = counts_of(counts, plan, "coverage").values()
-    assert sorted(found.values()) == [1, 2, 2]
-    assert found["lists"] == 2
-
-
-def test_scores_are_counted_by_decile(toy):
-    _, plan = toy
-    lists = shown((0.1, "u1", ["a"]), (0.2, "u1", ["a"]), (3.5, "u1", ["a"]))
-    lists = lists.set_column(4, "score", pa.array([0.5, np.nan, 2.5]))
-    counts = count_lists(lists, plan := replace(plan, score_edges=(1.0, 2.0)))
-    assert counts_of(counts, plan, "scores") == {0: {"above -inf": 1}, 2: {"above 2": 1}}
-
-
-def test_events_of_nobody_are_counted_as_nothing(toy):
-    path, plan = toy
-    late = replace(
-        plan, periods=Periods(200 * DAY_US, 300 * DAY_US, 2, 1), events_until_us=300 * DAY_US
-    )
-    counts = count_bucket([path], [], late, shown((299.5, "u1", ["a"])))
-    assert not counts["popularity"].any()
-    assert counts["live_click_through"].sum() == 1
-
-
-def test_counts_of_several_buckets_add_up():
-    one = pa.table({"item_id": ["a", "b"], "first_us": [5, 6], "even": [1, 0], "odd": [0, 2]})
-    two = pa.table({"item_id": ["b"], "first_us": [3], "even": [4], "odd": [1]})
-    added = add_items([one, two]).sort_by("item_id").to_pylist()
-    assert added == [
-        {"item_id": "a", "first_us": 5, "even": 1, "odd": 0},
-        {"item_id": "b", "first_us": 3, "even": 4, "odd": 3},
-    ]
-
-
-def test_groups_of_users_are_all_used():
-    groups = group_of(pa.array([f"u{n}" for n in range(20_000)]))
-    assert set(groups) == set(range(NUM_GROUPS))
-    assert len(group_of(pa.array([], pa.string()))) == 0
-
-
-def lists_plan(kind=None):
-    periods = Periods(2 * DAY_US, 4 * DAY_US, 2, 1)
-    return ListsPlan(periods, "v1", kind or pa.int64(), 3, {})
-
-
-def write_log(folder, name, rows, schema=SCHEMA):
-    folder.mkdir(exist_ok=True)
-    names = set(schema.names)
-    kept = [{key: value for key, value in row.items() if key in names} for row in rows]
-    pq.write_table(pa.Table.from_pylist(kept, schema=schema), folder / name)
-    return str(folder / name)
-
-
-def test_files_are_pruned_by_the_time_in_their_names(tmp_path):
-    for day in (-3, 0, 2, 3, 5):
-        write_log(tmp_path, f"exposures-{max(0, day) * DAY_US}-{'ab' * 16}.parquet", [])
-    (tmp_path / ".exposures-0-ab.parquet").touch()
-    (tmp_path / "notes.txt").touch()
-    (found,) = find_files(str(tmp_path), Periods(4 * DAY_US, 5 * DAY_US, 2, 1), {})
-    assert [path.rpartition("/")[2].split("-")[1] for path in found] == [
-        str(day * DAY_US) for day in (2, 3)
-    ]
-    assert find_files(str(tmp_path / "nothing"), Periods(0, 9, 2, 1), {}) == []
-
-
-def test_lists_go_to_the_bucket_of_their_user(tmp_path):
-    at = datetime(1970, 1, 1, 12, tzinfo=UTC)
-    rows = [
-        exposure("7", at, ["a"], top_score=0.5),
-        exposure("guest", at, ["b"], top_score=0.7),
-        exposure(None, at, ["c"], session_id="s1", model_version="v0", top_score=0.9),
-        exposure("8", at + timedelta(days=30), ["d"]),
-    ]
-    path = write_log(tmp_path, "exposures-0-ab.parquet", rows)
-    *pieces, scores = split_lists([path], lists_plan())
-    (bucket,) = bucket_of(pa.array([7]), 3)
-    assert [piece.num_rows for piece in pieces] == [*(int(n == bucket) for n in range(3)), 2]
-    assert pieces[bucket]["group"].to_pylist() == group_of(pa.array([7])).tolist()
-    assert pieces[3]["user_id"].to_pylist() == [None, None]
-    # Scores of another version mean something else.
-    np.testing.assert_array_equal(pieces[3]["score"], [0.7, np.nan])
-    assert sorted(scores) == [0.5, 0.7]
-
-
-def test_logs_without_scores_are_read(tmp_path):
-    at = datetime(1970, 1, 1, tzinfo=UTC)
-    schema = SCHEMA.remove(SCHEMA.get_field_index("top_score"))
-    path = write_log(tmp_path, "exposures-0-ab.parquet", [exposure("u7", at, ["a"])], schema)
-    *pieces, scores = split_lists([path], lists_plan(pa.string()))
-    assert sum(piece.num_rows for piece in pieces) == 1
-    assert len(scores) == 0
-    assert find_score_edges([scores]) == ()
-
-
-def test_a_log_that_is_no_log_is_named(tmp_path):
-    path = tmp_path / "exposures-0-ab.parquet"
-    path.write_text("lists")
-    with pytest.raises(SourceError, match=r"exposures-0-ab\.parquet cannot be read as a log"):
-        list(split_lists([str(path)], lists_plan()))
-
-
-def test_deciles_cut_scores_into_equal_parts():
-    edges = find_score_edges([np.arange(50.0), np.arange(50.0, 101)])
-    assert edges == pytest.approx(tuple(range(10, 100, 10)))
-    assert find_score_edges([np.ones(100)]) == (1.0,)
-
-
-def test_thresholds_are_read_again_for_the_same_settings(tmp_path):
-    origin = {"settings": {"version": "v1"}, "reference_until_us": 5}
-    kept = Kept(origin, (0.5,), {"m": Threshold(1, 2, 3, 4)})
-    write_kept(tmp_path, kept)
-    assert read_kept(tmp_path, {"version": "v1"}) == kept
-    assert read_kept(tmp_path, {"version": "v2"}) is None
-    assert read_kept(tmp_path / "nothing", {"version": "v1"}) is None
-    (tmp_path / "thresholds.json").write_text('{"computed_from": 3}')
-    with pytest.raises(JobError, match=r"thresholds\.json is damaged .*; delete it"):
-        read_kept(tmp_path, {"version": "v1"})
-
-
 def test_the_newest_event_is_in_the_log(tmp_path):
     create_table(str(tmp_path / "lake"), "events", events_schema("string", "string"), num_buckets=2)
     assert newest_event(open_table(str(tmp_path / "lake"), "events")) is None
@@ -576,10 +281,3 @@ def test_the_newest_event_is_in_the_log(tmp_path):
     write_events(tmp_path, events)
     newest = newest_event(open_table(str(tmp_path / "lake"), "events"))
     assert newest == events["timestamp"][-1].as_py()
-
-
-def test_visits_know_the_group_of_their_user():
-    nothing = np.empty(0, np.int64)
-    visits = Visits(pa.array(["u1", "u2"]), np.array([0, 1, 1]), nothing, nothing, {})
-    first, second = group_of(pa.array(["u1", "u2"]))
-    assert visits.groups_N.tolist() == [first, second, second]

@@ -5,6 +5,7 @@ from math import comb, log, log2
 import numpy as np
 import pytest
 
+from data_lake import weeks
 from recsys.drift import (
     HEAD,
     SMOOTHING,
@@ -12,6 +13,7 @@ from recsys.drift import (
     TORSO,
     UNSEEN,
     Measure,
+    comparable_size,
     covered_share,
     jensen_shannon,
     measure_drift,
@@ -19,7 +21,14 @@ from recsys.drift import (
     psi,
     smoothed_shares,
 )
-from recsys.drift_null import LEAST_GROUPS, can_be_judged, find_dispersion, find_thresholds
+from recsys.drift_null import (
+    LEAST_GROUPS,
+    can_be_judged,
+    draw_null,
+    find_dispersion,
+    judge_drift,
+    least_resamples,
+)
 
 DEVICES = Measure("device", "shares", ("mobile", "desktop", "app", "(other)"))
 CLICKS = Measure("clicks", "fall", ("no click", "click"))
@@ -38,23 +47,24 @@ def draw(generator, shares, *, size, groups=64, windows=3, days=4, clumps=5):
     return clumps * generator.poisson(means, (groups, windows, days, len(shares)))
 
 
-def split(counts):
-    """The last window is the current one, the others are the reference period."""
-    return counts[:, :-1], counts[:, -1].sum(axis=(0, 1))
+def judge(counts, current, *, rate=0.05, **changes):
+    """Verdicts on `[G, K]` of the measures that there are counts `[G, W, P, K]` of."""
+    measures = [one for one in MEASURES if one.name in counts]
+    arguments = {"false_alarm_rate": rate, "num_resamples": 200} | changes
+    return judge_drift(measures, counts, current, **arguments)
 
 
-def find_alarms(generator, shares, *, size=30, rate=0.05):
-    """Measures whose last window of three is an alarm; it has the given shares."""
-    calm = {name: draw(generator, SHARES[name], size=size) for name in SHARES}
-    last = {name: draw(generator, shares[name], size=size)[:, -1].sum((0, 1)) for name in SHARES}
-    counts = {name: one[:, :-1] for name, one in calm.items()}
-    thresholds = find_thresholds(MEASURES, counts, false_alarm_rate=rate, num_resamples=400)
-    return {
-        measure.name
-        for measure in MEASURES
-        if measure_drift(measure, counts[measure.name].sum((0, 1, 2)), last[measure.name])
-        > thresholds[measure.name].value
+def find_alarms(generator, shares, *, size=30, volume=1.0, **drawing):
+    """Measures whose last window of three is an alarm; it has the given shares, and a volume
+    relative to the others.
+    """
+    calm = {name: draw(generator, SHARES[name], size=size, windows=2, **drawing) for name in SHARES}
+    last = {
+        name: draw(generator, shares[name], size=volume * size, windows=1, **drawing)
+        for name in SHARES
     }
+    judged = judge(calm, {name: one.sum(axis=(1, 2)) for name, one in last.items()})
+    return {name for name, one in judged.items() if one.is_alarm}
 
 
 @pytest.mark.parametrize("divergence", [psi, jensen_shannon])
@@ -132,11 +142,49 @@ def test_buckets_hold_half_of_the_events_the_next_forty_percent_and_the_rest():
     assert popularity_buckets(np.zeros(2)).tolist() == [UNSEEN, UNSEEN]
 
 
-def test_alarms_without_drift_are_as_rare_as_asked_for():
-    runs = [find_alarms(np.random.default_rng(seed), SHARES) for seed in range(200)]
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        {},
+        {"groups": 24, "clumps": 60},  # few users, each of whom does much at once
+        {"volume": 0.3},
+        {"volume": 3.0},
+    ],
+    ids=["many users", "few users", "a week of few events", "a week of many"],
+)
+def test_alarms_without_drift_are_as_rare_as_asked_for(drawing):
+    runs = [find_alarms(np.random.default_rng(seed), SHARES, **drawing) for seed in range(100)]
     num_alarms = sum(bool(alarms) for alarms in runs)
-    # 10 are expected; a rate of 0.05 gives more than 19 in one of 400 tries.
-    assert 1 <= num_alarms <= 19
+    # 5 are expected; a rate of 0.05 gives more than 12 in one of 600 tries.
+    assert 1 <= num_alarms <= 12
+
+
+def test_a_window_like_all_others_is_an_alarm_exactly_as_often_as_asked_for():
+    # Each of the resamples, taken for what was observed, would be judged by the same null.
+    generator = np.random.default_rng(8)
+    windows = {one.name: draw(generator, SHARES[one.name], size=9).sum(2) for one in MEASURES}
+    null = draw_null(MEASURES, windows, num_resamples=999)
+    ranks = (null[None] >= null[:, None]).sum(axis=1)
+    best = ranks.min(axis=1)
+    allowed = max(k for k in range(1, 1000) if (best <= k).mean() <= 0.05)
+    calm = {name: one[:, :-1, None] for name, one in windows.items()}
+    current = {name: one[:, -1] for name, one in windows.items()}
+    judged = judge(calm, current, num_resamples=999)
+    for m, measure in enumerate(MEASURES):
+        assert judged[measure.name].quantile == 1 - allowed / 1000
+        assert judged[measure.name].is_alarm == (ranks[0, m] <= allowed)
+
+
+def test_what_one_user_does_is_seldom_an_alarm():
+    num_alarms = 0
+    for seed in range(40):
+        windows = draw(np.random.default_rng(seed), SHARES["device"], size=30).sum(axis=2)
+        windows[0, 2, 3] = windows.sum()
+        judged = judge({"device": windows[:, :-1, None]}, {"device": windows[:, -1]})["device"]
+        assert judged.drift > 1
+        num_alarms += judged.is_alarm
+    # Shifts put that window last in one resample of three: 40 * 3 * 0.05 = 6 are expected.
+    assert num_alarms <= 12
 
 
 @pytest.mark.parametrize(
@@ -150,15 +198,11 @@ def test_a_planted_shift_is_found_where_it_is(name, shares):
 
 def test_users_whose_events_come_in_clumps_raise_thresholds():
     generator = np.random.default_rng(3)
-    found = [
-        find_thresholds(
-            [DEVICES],
-            {"device": draw(generator, SHARES["device"], size=60, clumps=clumps)},
-            false_alarm_rate=0.05,
-            num_resamples=400,
-        )["device"].value
-        for clumps in (1, 10)
-    ]
+    found = []
+    for clumps in (1, 10):
+        windows = draw(generator, SHARES["device"], size=60, clumps=clumps)
+        judged = judge({"device": windows[:, :-1]}, {"device": windows[:, -1].sum(axis=1)})
+        found.append(judged["device"].threshold)
     assert found[1] > 5 * found[0]
 
 
@@ -171,25 +215,33 @@ def test_days_that_differ_for_everybody_raise_thresholds():
     assert find_dispersion(DEVICES, restless) > 5
 
 
-def test_thresholds_are_the_same_again():
-    counts = {"device": draw(np.random.default_rng(5), SHARES["device"], size=30)}
-    first, second = (
-        find_thresholds([DEVICES], counts, false_alarm_rate=0.1, num_resamples=200, seed=7)
-        for _ in range(2)
-    )
-    assert first == second
+def test_verdicts_are_the_same_again():
+    counts = draw(np.random.default_rng(5), SHARES["device"], size=30)
+    calm, current = {"device": counts[:, :-1]}, {"device": counts[:, -1].sum(axis=1)}
+    assert judge(calm, current, seed=7) == judge(calm, current, seed=7)
 
 
 def test_more_measures_have_thresholds_further_out():
     generator = np.random.default_rng(6)
     many = [Measure(f"m{number}", "shares", DEVICES.labels) for number in range(8)]
     counts = {one.name: draw(generator, SHARES["device"], size=30) for one in many}
-    arguments = {"false_alarm_rate": 0.1, "num_resamples": 1000}
-    alone = find_thresholds(many[:1], counts, **arguments)["m0"]
-    together = find_thresholds(many, counts, **arguments)["m0"]
+    calm = {name: one[:, :-1] for name, one in counts.items()}
+    current = {name: one[:, -1].sum(axis=1) for name, one in counts.items()}
+    alone, together = (
+        judge_drift(some, calm, current, false_alarm_rate=0.1, num_resamples=999)["m0"]
+        for some in (many[:1], many)
+    )
     assert alone.quantile == pytest.approx(0.9)
     # Independent ones need 1 - 0.1 / 8 each, nearly.
     assert together.quantile == pytest.approx(1 - 0.1 / 8, abs=0.005)
+
+
+def test_a_few_events_are_worth_no_more_however_many_the_others_are():
+    assert comparable_size(DEVICES, array(6, 6), array(3, 3)) == 12 * 6 / 18
+    assert comparable_size(DEVICES, array(6e9, 6e9), array(3, 3)) == pytest.approx(6)
+    lists = Measure("coverage", "coverage", ("lists", "a"))
+    assert comparable_size(lists, array(10, 9), array(10, 2)) == 5
+    assert comparable_size(lists, array(0, 0), array(0, 0)) == 0
 
 
 def test_a_calm_period_needs_users_and_windows():
@@ -205,15 +257,29 @@ def test_a_calm_period_needs_users_and_windows():
 @pytest.mark.parametrize(
     ("windows", "rate", "message"),
     [
-        (1, 0.05, "A calm period of one window cannot be compared with itself"),
-        (2, 0.001, "100 resamples do not tell an alarm in 1000 runs; take at least 1000"),
+        (1, 0.05, "A calm period of one window does not tell how days differ; take two"),
+        (
+            2,
+            0.001,
+            "200 resamples do not tell a false alarm rate of 0.001 over 1 measures; take at",
+        ),
     ],
 )
 def test_too_little_to_tell_is_refused(windows, rate, message):
     counts = {"device": np.ones((64, windows, 7, 4))}
     with pytest.raises(ValueError, match=message):
-        find_thresholds([DEVICES], counts, false_alarm_rate=rate, num_resamples=100)
+        judge(counts, {"device": np.ones((64, 4))}, rate=rate)
 
 
-def test_nothing_to_judge_has_no_thresholds():
-    assert find_thresholds([], {}, false_alarm_rate=0.01) == {}
+def test_each_measure_needs_a_resample_beyond_its_threshold():
+    assert least_resamples(13, 0.01) == 1300
+    assert least_resamples(0, 0.01) == 1
+
+
+def test_nothing_to_judge_has_no_verdicts():
+    assert judge_drift([], {}, {}, false_alarm_rate=0.01) == {}
+
+
+def test_both_houses_mean_the_same_by_the_divergence_of_jensen_and_shannon():
+    left, right = np.random.default_rng(1).integers(1, 9, (2, 20)) * 10**9
+    assert weeks.divergence(left, right) == pytest.approx(float(jensen_shannon(left, right)))

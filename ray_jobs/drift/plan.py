@@ -1,4 +1,4 @@
-"""What tasks of the monitor share: the plan of a run with its measures, and users' events in the
+"""What tasks of the monitor share: the plan of a run with its measures, and visitors' events in the
 order in which they are looked at.
 
 Counts are `[G, S, K]`: groups of users, slots of time (each day of the reference period, and the
@@ -8,12 +8,13 @@ whole current period as the last one), and what is counted.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from ray_jobs.drift_axes import NUM_GROUPS, Periods, group_of
-from ray_jobs.drift_items import MISSING, NUM_ITEM_GROUPS, OTHER, ItemFacts
+from ray_jobs.drift.axes import NUM_GROUPS, Periods, group_of
+from ray_jobs.drift.items import MISSING, NUM_ITEM_GROUPS, OTHER, ItemFacts
 from recsys.context import ContextEncoder
 from recsys.drift import POPULARITY_LABELS, Measure
 
@@ -25,6 +26,8 @@ LIVE_MEASURES = ("live_hit_rate", "live_click_through", "coverage", "scores")
 """Those that need the log of lists."""
 
 Counts = dict[str, np.ndarray]
+KnownBy = Literal["user_id", "session_id"]
+"""What a visitor's lists and events have in common."""
 
 
 @dataclass(frozen=True)
@@ -89,41 +92,64 @@ class Plan:
 
 @dataclass(frozen=True)
 class Visits:
-    """The events of whole users, N of U users, by user and time."""
+    """The events of whole visitors, N of U visitors, by visitor and time."""
 
-    user_ids: pa.Array
+    known_by: KnownBy
+    visitor_ids: pa.Array
     """`[U]`"""
-    users_N: np.ndarray
+    visitors_N: np.ndarray
     times_us_N: np.ndarray
     items_N: np.ndarray
     """Rows of `ItemFacts`."""
     columns: Mapping[str, pa.Array]
     """Text of each context column, `[N]`."""
 
+    @classmethod
+    def sort(
+        cls,
+        known_by: KnownBy,
+        ids_N: pa.Array,
+        times_us_N: np.ndarray,
+        items_N: np.ndarray,
+        columns: Mapping[str, pa.Array],
+    ) -> "Visits":
+        """Of events in any order; none lacks the id of its visitor."""
+        visitors = ids_N.dictionary_encode()
+        codes_N = visitors.indices.to_numpy()
+        order_N = np.lexsort((times_us_N, codes_N))
+        return cls(
+            known_by,
+            visitors.dictionary,
+            codes_N[order_N].astype(np.int64),
+            times_us_N[order_N],
+            items_N[order_N],
+            {name: column.take(pa.array(order_N)) for name, column in columns.items()},
+        )
+
     @property
     def groups_N(self) -> np.ndarray:
-        groups_N: np.ndarray = group_of(self.user_ids)[self.users_N]
+        groups_N: np.ndarray = group_of(self.visitor_ids)[self.visitors_N]
         return groups_N
 
 
 @dataclass(frozen=True)
-class UserTimes:
-    """Users and times as one ascending number, so that a search finds a user's next event."""
+class VisitorTimes:
+    """Visitors and times as one ascending number, so that a search finds a visitor's next event."""
 
     keys_N: np.ndarray
     start_ms: int
     span_ms: int
-    """From user to user: more than all of their times and what is searched around them."""
+    """From visitor to visitor: more than all of their times and what is searched around them."""
 
     @classmethod
-    def of(cls, visits: Visits, around_us: int) -> "UserTimes":
+    def of(cls, visits: Visits, around_us: int) -> "VisitorTimes":
         times_ms = visits.times_us_N // 1000
         start = int(times_ms.min()) if len(times_ms) else 0
         span = int(times_ms.max(initial=start)) - start + around_us // 1000 + 1
-        return cls(visits.users_N * span + times_ms - start, start, span)
+        return cls(visits.visitors_N * span + times_ms - start, start, span)
 
-    def count_until(self, users: np.ndarray, times_us: np.ndarray) -> np.ndarray:
-        """Number of events of earlier users, and of these until those times."""
+    def count_until(self, visitors: np.ndarray, times_us: np.ndarray) -> np.ndarray:
+        """Number of events of earlier visitors, and of these until those times."""
         since_ms = np.clip(times_us // 1000 - self.start_ms, -1, self.span_ms - 1)
-        keys = users * self.span_ms + since_ms
+        keys = visitors * self.span_ms + since_ms
         return np.asarray(np.searchsorted(self.keys_N, keys, side="right"), np.int64)

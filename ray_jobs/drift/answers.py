@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_jobs.drift_items import parse_ids
-from ray_jobs.drift_plan import Counts, Plan, UserTimes, Visits
+from ray_jobs.drift.items import parse_ids
+from ray_jobs.drift.plan import Counts, Plan, VisitorTimes, Visits
 
 _HIT_LIST = 10
 
@@ -58,13 +58,13 @@ def _answers(shown: pa.Table, visits: Visits, attribution_us: int) -> tuple[np.n
     """First event after each list, and the one behind the last within the window; equal without
     any.
     """
-    found = pc.index_in(shown["user_id"].combine_chunks(), visits.user_ids)
-    users = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    found = pc.index_in(shown[visits.known_by].combine_chunks(), visits.visitor_ids)
+    visitors = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     times_us = shown["time_us"].to_numpy()
-    keys = UserTimes.of(visits, attribution_us)
-    first = keys.count_until(users, times_us)
-    stop = keys.count_until(users, times_us + attribution_us)
-    return np.where(users < 0, 0, first), np.where(users < 0, 0, stop)
+    keys = VisitorTimes.of(visits, attribution_us)
+    first = keys.count_until(visitors, times_us)
+    stop = keys.count_until(visitors, times_us + attribution_us)
+    return np.where(visitors < 0, 0, first), np.where(visitors < 0, 0, stop)
 
 
 def _find_clicked(

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from data_lake.buckets import hash_ids
 from data_lake.parquet import read_files
-from ray_jobs.drift_axes import Periods, group_of
+from ray_jobs.drift.axes import Periods, group_of
 from recsys.drift import popularity_buckets
 
 NUM_ITEM_GROUPS = 64
@@ -28,9 +28,10 @@ class ItemFacts:
 
     item_ids: pa.Array
     popularity_HI: np.ndarray
-    """Bucket by the reference events of each half of the users, `[2, I]`. Events of one half are
-    sorted by what the other did, so that none decides on its own bucket: else whatever was popular
-    by chance would always seem to fall back."""
+    """Bucket by the events of each half of the users, `[2, I]`: those of one half are sorted by
+    what the other did in both periods. With the reference period alone, whatever was popular in it
+    by chance would seem to fall back; both together stay what they are when windows are exchanged.
+    """
     categories_I: np.ndarray
     first_us_I: np.ndarray
     """Of the first event of anybody."""
@@ -53,21 +54,22 @@ class ItemFacts:
 
 
 def count_items(files: Sequence[str], periods: Periods, options: Mapping[str, str]) -> pa.Table:
-    """Of each item of a bucket `first_us`, and the reference events of either half of the users,
-    `even` and `odd`.
+    """Of each item of a bucket `first_us`, the events of either half of the users in both periods,
+    `even` and `odd`, and those of all users in the `reference` period.
     """
     rows = read_files(files, ("user_id", "item_id", "timestamp"), options)
     users = rows["user_id"].combine_chunks().dictionary_encode()
     is_odd = (group_of(users.dictionary) % 2 == 1)[users.indices.to_numpy()]
     times_us = microseconds(rows["timestamp"])
     slots = periods.slot_of(times_us)
-    is_reference = (slots >= 0) & (slots < periods.num_slots - 1)
+    is_counted, is_current = slots >= 0, slots == periods.num_slots - 1
     found = pa.table(
         {
             "item_id": rows["item_id"],
             "first_us": times_us,
-            "even": (is_reference & ~is_odd).astype(np.int64),
-            "odd": (is_reference & is_odd).astype(np.int64),
+            "even": (is_counted & ~is_odd).astype(np.int64),
+            "odd": (is_counted & is_odd).astype(np.int64),
+            "reference": (is_counted & ~is_current).astype(np.int64),
         }
     )
     return add_items([found])
@@ -76,10 +78,10 @@ def count_items(files: Sequence[str], periods: Periods, options: Mapping[str, st
 def add_items(tables: Sequence[pa.Table]) -> pa.Table:
     """Several results of `count_items` as one."""
     grouped = pa.concat_tables(tables).group_by("item_id")
-    added = grouped.aggregate([("first_us", "min"), ("even", "sum"), ("odd", "sum")])
-    return added.rename_columns(
-        {"first_us_min": "first_us", "even_sum": "even", "odd_sum": "odd"}
-    ).combine_chunks()
+    sums = ("even", "odd", "reference")
+    added = grouped.aggregate([("first_us", "min"), *((name, "sum") for name in sums)])
+    names = {"first_us_min": "first_us"} | {f"{name}_sum": name for name in sums}
+    return added.rename_columns(names).combine_chunks()
 
 
 def learn_items(

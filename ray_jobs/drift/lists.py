@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_lake.buckets import bucket_of
+from data_lake.buckets import bucket_of, hash_ids
 from data_lake.errors import SourceError
 from data_lake.storage import list_folder, open_file, reaching
-from ray_jobs.drift_axes import DAY_US, Periods, group_of
-from ray_jobs.drift_items import microseconds, parse_ids
+from ray_jobs.drift.axes import DAY_US, Periods, group_of
+from ray_jobs.drift.items import microseconds, parse_ids
 
 _COLUMNS = ("user_id", "session_id", "timestamp", "model_version", "item_ids", "top_score")
 _BYTES_PER_TASK = 64 * 2**20
@@ -58,11 +58,11 @@ def find_files(uri: str, periods: Periods, options: Mapping[str, str]) -> list[l
 
 
 def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np.ndarray]:
-    """The lists of each bucket of users; those of nobody who is known by an id; and a sample of the
-    scores of the reference period.
+    """The lists of each bucket of users; those of nobody who is known by a user id; hashes of the
+    sessions of these; and a sample of the scores of the reference period.
 
-    Tables have user_id, group, time_us, item_ids (text) and score (NaN where it is not comparable).
-    Raises: SourceError for a file that cannot be read.
+    Tables have user_id, session_id, group, time_us, item_ids (text) and score (NaN where it is not
+    comparable). Raises: SourceError for a file that cannot be read.
     """
     rows = pa.concat_tables([_read(file, plan) for file in files])
     times_us = microseconds(rows["timestamp"])
@@ -79,9 +79,17 @@ def split_lists(files: Sequence[str], plan: ListsPlan) -> Iterator[pa.Table | np
     ordered = shown.take(pa.array(order))
     for start, stop in pairwise(edges):
         yield ordered.slice(start, stop - start)
+    of_sessions = ordered["session_id"].slice(edges[-2])
+    yield np.unique(hash_ids(of_sessions.drop_null()))
     scores = shown["score"].to_numpy()
     is_reference = (slots < plan.periods.num_slots - 1) & ~np.isnan(scores)
     yield scores[is_reference][:_SAMPLED_SCORES]
+
+
+def join_sessions(*hashes: np.ndarray) -> np.ndarray:
+    """Hashes of sessions of all files of the log, ascending."""
+    joined: np.ndarray = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
+    return joined
 
 
 def find_score_edges(samples: Sequence[np.ndarray]) -> tuple[float, ...]:
@@ -95,10 +103,10 @@ def find_score_edges(samples: Sequence[np.ndarray]) -> tuple[float, ...]:
 
 def _prepare(rows: pa.Table, times_us: np.ndarray, plan: ListsPlan) -> tuple[pa.Table, np.ndarray]:
     """The columns of `split_lists`, and the bucket of each row."""
-    texts = rows["user_id"].combine_chunks()
+    texts, sessions = (rows[name].combine_chunks() for name in ("user_id", "session_id"))
     users = parse_ids(texts, plan.user_type)
     is_user = np.asarray(pc.is_valid(users), bool)
-    visitor = pc.coalesce(texts, rows["session_id"].combine_chunks(), pa.scalar(""))
+    visitor = pc.coalesce(sessions, texts, pa.scalar(""))
     group, bucket = group_of(visitor), np.full(len(users), plan.num_buckets)
     # The same group as in the events of the user, whatever their id is there.
     known = users.filter(pa.array(is_user))
@@ -108,6 +116,7 @@ def _prepare(rows: pa.Table, times_us: np.ndarray, plan: ListsPlan) -> tuple[pa.
     score = rows["top_score"].cast(pa.float64()).to_numpy()
     columns = {
         "user_id": users,
+        "session_id": sessions,
         "group": group,
         "time_us": times_us,
         "item_ids": rows["item_ids"].combine_chunks(),

@@ -14,11 +14,17 @@ from deltalake import DeltaTable
 
 from data_lake.tables import files_by_bucket, num_buckets_of, open_table, read_table, table_exists
 from ray_jobs.config import PipelineConfig
-from ray_jobs.drift_axes import Periods
-from ray_jobs.drift_counts import count_bucket, count_unowned
-from ray_jobs.drift_items import add_items, count_items, learn_items
-from ray_jobs.drift_lists import ListsPlan, find_files, find_score_edges, split_lists
-from ray_jobs.drift_plan import Counts, Plan
+from ray_jobs.drift.axes import Periods
+from ray_jobs.drift.counts import count_bucket, count_sessions
+from ray_jobs.drift.items import add_items, count_items, learn_items
+from ray_jobs.drift.lists import (
+    ListsPlan,
+    find_files,
+    find_score_edges,
+    join_sessions,
+    split_lists,
+)
+from ray_jobs.drift.plan import Counts, Plan
 from ray_jobs.errors import JobError
 from ray_jobs.exchange import finish_in_order, get
 from ray_jobs.job import timed
@@ -43,6 +49,8 @@ class _Shown:
     """Lists that tasks hold, by bucket; the last bucket is of visitors without a user id."""
 
     pieces: list[list[Any]]
+    sessions: Any
+    """Hashes of the sessions of the last bucket, which a task holds too."""
     score_edges: tuple[float, ...]
 
     def of_bucket(self, number: int) -> list[Any]:
@@ -56,13 +64,13 @@ def gather(
     periods: Periods,
     *,
     events_until_us: int,
-    score_edges: tuple[float, ...] | None = None,
+    score_edges: tuple[float, ...] = (),
 ) -> Gathered:
     """Counts both periods.
 
     Args:
         events_until_us: time of the newest event.
-        score_edges: deciles of an earlier run; those of the reference period where None.
+        score_edges: deciles of an earlier run; those of the reference period where there are none.
 
     Raises: JobError when the reference period has no event; TableError, SourceError.
     """
@@ -85,7 +93,7 @@ def gather(
         attribution_us=round(monitor.attribution_minutes * _MINUTE_US),
         history_us=monitor.history_days * _DAY_US,
         click_types=monitor.click_types,
-        score_edges=shown.score_edges if score_edges is None else score_edges,
+        score_edges=score_edges or shown.score_edges,
         options=config.storage.options,
     )
     with timed("count"):
@@ -109,7 +117,7 @@ def _count_items(
 
 
 def _refuse_empty_reference(counted: pa.Table, periods: Periods) -> None:
-    if not pc.sum(counted["even"]).as_py() + pc.sum(counted["odd"]).as_py():
+    if not pc.sum(counted["reference"]).as_py():
         times = periods.describe()
         raise JobError(
             f"There is no event in the reference period, {times['reference_from']} to "
@@ -134,11 +142,12 @@ def _sort_lists(
         num_buckets=num_buckets_of(events),
         options=config.storage.options,
     )
-    split = ray.remote(num_returns=plan.num_buckets + 2)(split_lists)
+    split = ray.remote(num_returns=plan.num_buckets + 3)(split_lists)
     files = find_files(config.storage.exposures_uri, periods, plan.options)
     results = [split.remote(some, plan) for some in files]
     samples = get([one[-1] for one in results])
-    return _Shown([one[:-1] for one in results], find_score_edges(samples))
+    sessions = ray.remote(join_sessions).remote(*(one[-2] for one in results))
+    return _Shown([one[:-2] for one in results], sessions, find_score_edges(samples))
 
 
 def _count(
@@ -148,17 +157,24 @@ def _count(
     has_users = table_exists(lake, "users", options)
     users = files_by_bucket(open_table(lake, "users", options)) if has_users else {}
     total: Counts = {}
+    session_events = []
 
-    def add(reference: Any) -> None:
-        for name, counts in get(reference).items():
-            total[name] = counts.astype(np.int64) + total.get(name, 0)
+    def add(counts: Any) -> None:
+        for name, found in get(counts).items():
+            total[name] = found.astype(np.int64) + total.get(name, 0)
+
+    def finish(found: list[Any]) -> None:
+        counts, events = found
+        add(counts)
+        session_events.append(events)
 
     shared = ray.put(plan)
-    count, count_others = ray.remote(count_bucket), ray.remote(count_unowned)
+    count = ray.remote(num_returns=2)(count_bucket)
     counting = (
-        count.remote(files, users.get(number, []), shared, *shown.of_bucket(number))
+        count.remote(files, users.get(number, []), shared, shown.sessions, *shown.of_bucket(number))
         for number, files in buckets.items()
     )
-    finish_in_order(counting, add)
-    add(count_others.remote(shared, *shown.of_bucket(-1)))
+    finish_in_order(counting, finish)
+    lists = shown.of_bucket(-1)
+    add(ray.remote(count_sessions).remote(shared, len(lists), *lists, *session_events))
     return total

@@ -21,8 +21,8 @@ Facts = Mapping[str, Any]
 
 _MEANINGS = {
     "popularity": "events on items that half of the events fall on (head), the next 40 % (torso), "
-    "the rest (tail), or none (unseen); what counts is the other half of the users in the "
-    "reference period",
+    "the rest (tail), or none (unseen); what counts is the other half of the users in both "
+    "periods",
     "items": "events by item, in 64 groups of items by hash",
     "categories": "events by category of the item",
     "context_hour": "events by hour on the shop's clock",
@@ -30,19 +30,21 @@ _MEANINGS = {
     "scores": "score of the first item of lists of this version, in deciles",
     "unknown_items": "share of events on items that the version does not know; in the reference "
     "period, that one trained just before the window could not have known",
-    "live_hit_rate": "share of lists with the user's next event among the first ten, of lists that "
-    "an event followed in time",
-    "live_click_through": "share of lists with an item that the user turned to in time",
+    "live_hit_rate": "share of lists with the visitor's next event among the first ten, of lists "
+    "that an event followed in time",
+    "live_click_through": "share of lists with an item that the visitor turned to in time; lists "
+    "that no user id but a session is known of count where the lake has events of the session",
     "coverage": "share of the catalogue that equally many lists of either period show",
 }
 _HOW = (
     "Drift is the population stability index (PSI) of two histograms, and of a share by how much "
     "it rose (unknown items) or fell (hit rate, click-through); of coverage the difference. A bin "
     "that one period lacks is smoothed, and values that the version does not know are one bin of "
-    "their own. Thresholds come from the reference period: windows of it are shifted within groups "
-    "of users, and one is compared with the others; {rate:.1%} of these shifted periods are beyond "
-    "any threshold, and about as many runs without drift raise an alarm (more where users are "
-    "few). Dispersion is how much more days vary than users explain; thresholds are raised by it."
+    "their own. Thresholds are what chance makes of drift: windows of both periods are exchanged "
+    "at random within groups of users, and one is compared with the others; {rate:.1%} of these "
+    "are beyond any threshold, and so are as many runs without drift. Dispersion is how much more "
+    "days vary than users explain; thresholds are raised by it. What a single user does, "
+    "however much, is seldom an alarm."
 )
 
 
@@ -63,8 +65,8 @@ def write_drift_report(folder: Path, facts: Facts) -> None:
         Heading("How it was made"),
         Text(_HOW.format(rate=facts["false_alarm_rate"])),
         Details(
-            "What thresholds were computed from",
-            [Code(json.dumps(facts["thresholds_from"], indent=1))],
+            "What it was made from",
+            [Code(json.dumps(facts["made_from"], indent=1))],
         ),
     ]
     write_document(folder, "report", blocks)
@@ -74,6 +76,8 @@ def describe_verdict(facts: Facts) -> str:
     """Which measures moved, in a sentence."""
     alarms = [name for name, found in facts["measures"].items() if found["alarm"]]
     judged = len(facts["measures"])
+    if not judged:
+        return "No measure could be judged."
     if not alarms:
         return f"None of {judged} measures moved beyond what happens without drift."
     return f"{len(alarms)} of {judged} measures moved: {', '.join(alarms)}."
