@@ -34,7 +34,7 @@ from ray_jobs import recommend
 from ray_jobs.config import PipelineConfig
 from recsys.encoders import Variant
 
-VARIANTS: tuple[Variant, ...] = ("fp32", "int8")
+VARIANTS: tuple[Variant, ...] = ("fp32", "bf16", "int8")
 RESULTS = Path(__file__).parent / "results"
 USERS_PER_BUCKET = 20_000
 SHORTEST, LONGEST = 5, 49

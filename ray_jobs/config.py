@@ -451,8 +451,9 @@ class RecommendConfig(Section):
     batch_size: int = Field(512, ge=1, le=512)
     """Users that are ranked at once."""
     variant: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Numbers that the encoder counts in. Lists are those of an endpoint that serves the same one;
-    int8, for CPUs, and bf16 must have passed `ray_jobs.export` before the version was published."""
+    """Numbers that the encoder counts in. fp32 and bf16 give the lists of an endpoint that serves
+    the same; int8, for CPUs, rounds by what is encoded together, so that items which score alike
+    may change places. bf16 and int8 must have passed `ray_jobs.export` before the publication."""
     num_actors: int = Field(2, ge=1)
     """Models in memory at most; as many as there is room for work."""
     cpus_per_actor: float = Field(1, gt=0)

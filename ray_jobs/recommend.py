@@ -2,7 +2,8 @@
 
     python -m ray_jobs.recommend --config synthetic --set recommend.top_k=20
 
-Lists are those that the endpoint would give at the same moment to the same histories and segments.
+Lists are those that the endpoint would give at the same moment to the same histories and segments
+(see `recommend.variant` for int8).
 Models work in actors of Ray Data, a bucket of users at a time. The table `recommendations` gets all
 lists in one commit: its readers see the lists of one run, and those of the last one while another
 is under way or was killed.
