@@ -229,7 +229,7 @@ class Ranker:
         size = max(1, _TOKENS_OF_THREAD * torch.get_num_threads() // length)
         if self._device.type != "cpu" or num_requests <= size:
             return self._encode(*inputs)
-        parts = zip(*(tensor.split(size) for tensor in inputs), strict=True)
+        parts = zip(*(torch.split(tensor, size) for tensor in inputs), strict=True)
         return torch.cat([self._encode(*_without_padding(part)) for part in parts])
 
     def _make_wishes(
