@@ -169,8 +169,16 @@ def online(registry, tmp_path):
 
 @pytest.mark.ray
 def test_everybody_gets_the_list_of_the_endpoint(tmp_path, registry, lake, online, ray_cluster):
-    report = recommend.run(pipeline(tmp_path, registry))
+    compare_with_endpoint(recommend.run(pipeline(tmp_path, registry)), lake, online)
 
+
+@pytest.mark.parametrize("batch_size", [1, 512])
+def test_so_they_do_in_one_process(tmp_path, registry, lake, online, without_ray, batch_size):
+    report = recommend.run(pipeline(tmp_path, registry, batch_size=batch_size))
+    compare_with_endpoint(report, lake, online)
+
+
+def compare_with_endpoint(report, lake, online):
     found = read_lists(lake)
     assert sorted(found) == sorted(ALL)
     segments = {name: segment for name, (segment, _) in HISTORIES.items()} | NEWCOMERS
