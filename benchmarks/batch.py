@@ -1,13 +1,14 @@
 """Lists for every user of a shop: users per second and peak memory of `ray_jobs.recommend`.
 
-    python -m benchmarks.batch --users 1_000_000 --actors 2
+    python -m benchmarks.batch --users 1_000_000 --actors 2 --variant int8
 
 The version has the sizes of the case study and random weights, exported as a published one is; the
 histories have 5 to 49 events, a few items often and most seldom. Everything that the job does is
 counted: from reading the sequences to the commit. Memory is the peak over all processes, Ray's own
 included; what a Ray of this size holds that does nothing is measured before.
 
-Writes `benchmarks/results/batch.md`; the last line printed is one JSON object.
+Puts its run among those of `benchmarks/results/batch.json`, one for each number of users and each
+variant, and writes `batch.md` of all; the last line printed is one JSON object.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +32,9 @@ from data_lake.schemas import TIMESTAMP, sequences_schema
 from data_lake.tables import commit_parts, create_table, write_part
 from ray_jobs import recommend
 from ray_jobs.config import PipelineConfig
+from recsys.encoders import Variant
 
+VARIANTS: tuple[Variant, ...] = ("fp32", "bf16", "int8")
 RESULTS = Path(__file__).parent / "results"
 USERS_PER_BUCKET = 20_000
 SHORTEST, LONGEST = 5, 49
@@ -52,6 +56,8 @@ class Result:
     idle_bytes: int
     peak_bytes: int
     peak_by_kind: dict[str, int]
+    variant: str = "fp32"
+    machine: str = ""
 
     @property
     def users_per_s(self) -> float:
@@ -65,12 +71,12 @@ def main() -> None:
     shape = Shape(items=arguments.items)
     try:
         write_shop(root, shape, arguments.users)
-        config = make_config(root, arguments.actors, arguments.batch_size)
+        config = make_config(root, arguments.actors, arguments.batch_size, arguments.variant)
         result = measure(config, arguments.users, arguments.object_store_gib)
     finally:
         shutil.rmtree(root)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "batch.md").write_text(render(shape, result))
+    results = remember(RESULTS / "batch.json", result)
+    (RESULTS / "batch.md").write_text(render(shape, results))
     print(json.dumps({**asdict(result), "users_per_s": result.users_per_s}))
 
 
@@ -81,19 +87,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=Shape().items)
     parser.add_argument("--actors", type=int, default=2, help="of one CPU each")
     parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--variant", choices=VARIANTS, default="fp32", help="of the encoder")
     parser.add_argument("--object-store-gib", type=float, default=0.5)
     parser.add_argument("--root", type=Path, help="where to work; a temporary folder if unset")
     return parser.parse_args()
 
 
-def make_config(root: Path, actors: int, batch_size: int) -> PipelineConfig:
+def make_config(root: Path, actors: int, batch_size: int, variant: Variant) -> PipelineConfig:
     """The sections that the job reads."""
+    recommend = {"num_actors": actors, "batch_size": batch_size, "variant": variant}
     return PipelineConfig.model_validate(
         {
             "name": "batch",
             "storage": {"root": str(root)},
             "ingest": {"events": [{"path": "none", "format": "csv", "columns": {}}]},
-            "recommend": {"num_actors": actors, "batch_size": batch_size},
+            "recommend": recommend,
         }
     )
 
@@ -101,7 +109,7 @@ def make_config(root: Path, actors: int, batch_size: int) -> PipelineConfig:
 def write_shop(root: Path, shape: Shape, num_users: int) -> None:
     """A registry with the version, and the sequences of all users."""
     (root / "registry").mkdir()
-    publish_random(root / "registry", shape)
+    publish_random(root / "registry", shape, VARIANTS)
     lake = str(root / "lake")
     num_buckets = max(2, num_users // USERS_PER_BUCKET)
     schema = sequences_schema("int64", "int64")
@@ -165,46 +173,63 @@ def measure(config: PipelineConfig, num_users: int, object_store_gib: float) -> 
         idle.peak_bytes,
         memory.peak_bytes,
         memory.by_kind_at_peak,
+        wanted.variant,
+        machine(),
     )
 
 
-def render(shape: Shape, result: Result) -> str:
+def remember(path: Path, result: Result) -> list[Result]:
+    """Puts a run in the place of one like it; returns all, the fewest users first."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    results = {(one["users"], one["variant"]): Result(**one) for one in before}
+    results[result.users, result.variant] = result
+    ordered = [results[key] for key in sorted(results)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([asdict(one) for one in ordered], indent=1))
+    return ordered
+
+
+def render(shape: Shape, results: Sequence[Result]) -> str:
     """The record as Markdown."""
+    largest = max(results, key=lambda one: one.users)
+    is_whole = largest.users >= 1_000_000
+    missing = f"1,000,000 users were not measured: the largest run had {largest.users:,}."
+    return "\n".join(
+        [
+            "# Lists for every user",
+            "",
+            f"{largest.machine}",
+            f"Regenerate: `python -m benchmarks.batch --users {largest.users} --actors "
+            f"{largest.actors} --variant {largest.variant}`, a row a run.",
+            "",
+            f"{shape}; random weights, the encoder exported, exact search. Histories of "
+            f"{SHORTEST} to {LONGEST} events, {USERS_PER_BUCKET:,} users a bucket, top 10, seen "
+            f"items left out, batches of {largest.batch_size}.",
+            "",
+            "| users | encoder | where | s | users/s | users/CPU-s | peak GiB | Ray alone GiB "
+            "| at the peak, GiB |",
+            "|---:|---|---|---:|---:|---:|---:|---:|---|",
+            *map(_row, results),
+            "",
+            "A CPU-second is one of an actor at work, the compilation of its loops included; where "
+            "other programs have the cores too, it tells more than the wall clock. The seconds "
+            "count the start of the actors.",
+            "",
+            *([] if is_whole else [missing, ""]),
+        ]
+    )
+
+
+def _row(result: Result) -> str:
     kinds = ", ".join(
         f"{kind} {num_bytes / GIB:.2f}"
         for kind, num_bytes in sorted(result.peak_by_kind.items(), key=lambda one: -one[1])
     )
     actors = f"{result.actors} actor{'s' if result.actors > 1 else ''} of one CPU"
-    missing = (
-        []
-        if result.users >= 1_000_000
-        else [f"1,000,000 users were not measured: the run stopped at {result.users:,}.", ""]
-    )
-    return "\n".join(
-        [
-            "# Lists for every user",
-            "",
-            f"{machine()}",
-            f"Regenerate: `python -m benchmarks.batch --users {result.users} "
-            f"--actors {result.actors}`.",
-            "",
-            f"{shape}; random weights, the encoder exported (fp32), exact search. Histories of "
-            f"{SHORTEST} to {LONGEST} events, top 10, seen items left out, batches of "
-            f"{result.batch_size}.",
-            "",
-            "| users | where | s | users/s | users/CPU-s | peak GiB | Ray alone GiB |",
-            "|---:|---|---:|---:|---:|---:|---:|",
-            f"| {result.users:,} | {actors} | {result.seconds:,.0f} | {result.users_per_s:,.0f} "
-            f"| {result.users / result.cpu_s:,.0f} "
-            f"| {result.peak_bytes / GIB:.2f} | {result.idle_bytes / GIB:.2f} |",
-            "",
-            "A CPU-second is one of an actor at work; where other programs have the cores too, it "
-            "tells more than the wall clock. The seconds count the start of the actors.",
-            "",
-            f"At the peak, GiB: {kinds}.",
-            "",
-            *missing,
-        ]
+    return (
+        f"| {result.users:,} | {result.variant} | {actors} | {result.seconds:,.0f} "
+        f"| {result.users_per_s:,.0f} | {result.users / result.cpu_s:,.0f} "
+        f"| {result.peak_bytes / GIB:.2f} | {result.idle_bytes / GIB:.2f} | {kinds} |"
     )
 
 

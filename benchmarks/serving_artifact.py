@@ -2,7 +2,9 @@
 it costs is not.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from benchmarks.evaluation import Size, draw_store
 from recsys.artifact import publish, save_model
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.context import ContextConfig, ContextEncoder
-from recsys.encoders import variant_file
-from recsys.export import export_onnx
+from recsys.encoders import Backend, Variant, make_encoder
+from recsys.export import export_variant, parity
 from recsys.fallback import write_fallback
 from recsys.item_codes import ItemCodesConfig
 from recsys.model import NextItemModel
@@ -59,11 +61,15 @@ class Shape:
         )
 
 
-def publish_random(registry: Path, shape: Shape) -> Path:
-    """Publishes and promotes a version; returns its folder."""
+def publish_random(registry: Path, shape: Shape, variants: Sequence[Variant] = ("fp32",)) -> Path:
+    """Publishes and promotes a version; returns its folder.
+
+    Args:
+        variants: that it is exported in, fp32 the first. No gate is asked: nobody validates noise.
+    """
 
     def write(folder: Path) -> None:
-        _write(folder, shape)
+        _write(folder, shape, variants)
 
     folder = publish(registry, VERSION, write, {"seed": 0, "tables": {}})
     promote(registry, VERSION)
@@ -82,7 +88,7 @@ def _draw_items(rng: np.random.Generator, shape: Shape, count: int) -> list[int]
     return items
 
 
-def _write(folder: Path, shape: Shape) -> None:
+def _write(folder: Path, shape: Shape, variants: Sequence[Variant]) -> None:
     torch.manual_seed(0)
     # Zipf: the n-th item has an n-th of the events of the first.
     counts = np.maximum(1, 100_000 // np.arange(1, shape.items + 1))
@@ -92,9 +98,20 @@ def _write(folder: Path, shape: Shape) -> None:
     )
     model = NextItemModel(shape.config, catalogue.num_rows, context.sizes).eval()
     save_model(folder, model, catalogue, context)
-    export_onnx(model, folder / variant_file("fp32"))
+    _export(model, folder, variants)
     store = draw_store(Size(_EVENTS.users, shape.items, _EVENTS.events))
     assert store.items_T.max() < NUM_SPECIAL + shape.items
     split = leave_one_out(store.offsets_U)
     write_fallback(folder / "fallback", store, split, catalogue, context)
     (folder / "metrics.json").write_text("{}")
+
+
+def _export(model: NextItemModel, folder: Path, variants: Sequence[Variant]) -> None:
+    facts: dict[str, Any] = {}
+    for variant in variants:
+        backend: Backend = "onnx" if export_variant(model, variant, folder) else "torch"
+        facts[variant] = {}
+        if variant != "fp32":
+            encode = make_encoder(model, folder, backend=backend, variant=variant, provider="cpu")
+            facts[variant] = asdict(parity(model, encode))
+    (folder / "export.json").write_text(json.dumps({"variants": facts}, indent=1))

@@ -5,7 +5,7 @@ take 20 % less space, 40 % less time to write and half the time to read. Every r
 second version knows the encoding (Arrow, Spark from 3.3, DuckDB, Polars, Trino).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +59,26 @@ def read_files(
     tables = [_read_file(uri, columns, options, dictionary) for uri in files]
     rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     return rows if columns is None else rows.select(list(columns))
+
+
+def read_in_parts(
+    files: Sequence[str],
+    columns: Sequence[str],
+    options: Mapping[str, str] | None = None,
+    *,
+    num_rows: int,
+) -> Iterator[pa.Table]:
+    """The same rows in the same order as `read_files` gives, at most `num_rows` at a time."""
+    for uri in files:
+        with reaching(uri, options), open_file(uri, options) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=not is_local(uri))
+            there = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(num_rows, columns=there):
+                rows = _with_plain_text(pa.Table.from_batches([batch]))
+                for name in columns:
+                    if name not in there:
+                        rows = rows.append_column(name, pa.nulls(rows.num_rows))
+                yield rows.select(list(columns))
 
 
 def _leaves(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:

@@ -441,11 +441,21 @@ class RecommendConfig(Section):
     """Whether the items of the history are left out, as in serving."""
     batch_size: int = Field(512, ge=1, le=512)
     """Users that are ranked at once."""
+    variant: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Numbers that the encoder counts in. fp32 and bf16 give the lists of an endpoint that serves
+    the same; int8, for CPUs, rounds by what is encoded together, so that items which score alike
+    may change places. bf16 and int8 must have passed `ray_jobs.export` before the publication."""
     num_actors: int = Field(2, ge=1)
     """Models in memory at most; as many as there is room for work."""
     cpus_per_actor: float = Field(1, gt=0)
     gpus_per_actor: float = Field(0, ge=0)
     """A part of one lets several share it."""
+
+    @model_validator(mode="after")
+    def _int8_is_for_cpus(self) -> Self:
+        if self.variant == "int8" and self.gpus_per_actor:
+            raise ValueError("variant int8 is for CPUs; set gpus_per_actor to 0, or take bf16")
+        return self
 
 
 class TuneConfig(Section):

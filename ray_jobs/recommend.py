@@ -2,7 +2,8 @@
 
     python -m ray_jobs.recommend --config synthetic --set recommend.top_k=20
 
-Lists are those that the endpoint would give at the same moment to the same histories and segments.
+Lists are those that the endpoint would give at the same moment to the same histories and segments
+(see `recommend.variant` for int8).
 Models work in actors of Ray Data, a bucket of users at a time. The table `recommendations` gets all
 lists in one commit: its readers see the lists of one run, and those of the last one while another
 is under way or was killed.
@@ -19,12 +20,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 import torch
 from deltalake import DeltaTable
 
-from data_lake.parquet import read_files
 from data_lake.schemas import (
     PARTITION,
     TIMESTAMP,
@@ -32,29 +31,24 @@ from data_lake.schemas import (
     id_type_of,
     recommendations_schema,
 )
-from data_lake.tables import (
-    Part,
-    commit_parts,
-    create_table,
-    files_by_bucket,
-    num_buckets_of,
-    open_table,
-    table_exists,
-)
+from data_lake.tables import Part, commit_parts, create_table, files_by_bucket, num_buckets_of
 from data_lake.written import Written, write_rows
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
-from ray_jobs.materialize import recent_events
 from ray_jobs.sequences_reader import open_sequences
+from ray_jobs.users_reader import Bucket, look_at_buckets, read_users
 from recsys.artifact import Artifact, load_artifact
-from recsys.list_maker import ListMaker, MadeList
+from recsys.encoders import Variant
+from recsys.list_maker import ListMaker
 from recsys.queries import Event, Query, RequestContext
 from recsys.registry import serving_version
+from recsys.requests import read_requests
+from recsys.retrieval import Best
 
 TABLE = "recommendations"
 _STAMP = "nextitem.recommendations"
-_LISTS = ("item_ids", "event_types", "timestamps", "devices")
+_NO_LIST = Best(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -75,17 +69,7 @@ class Order:
     """Last events of a user that are looked at."""
     num_threads: int
     device: str
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Files of the users of one bucket."""
-
-    number: int
-    sequences: list[str]
-    users: list[str]
-    events: list[str]
-    """Empty, as `users`, where those without a sequence get no list."""
+    variant: Variant = "fp32"
 
 
 def run(config: PipelineConfig) -> Report:
@@ -105,7 +89,7 @@ def run(config: PipelineConfig) -> Report:
     with Written(order.lake_uri, order.options) as written:
         parts = []
         with timed("make lists"):
-            for made in _make_all(config, order, _look_at_buckets(config, sequences)):
+            for made in _make_all(config, order, look_at_buckets(config, sequences)):
                 parts.append(Part(**made["part"]))
                 written.add(TABLE, parts[-1])
                 counts.update(made["counts"])
@@ -114,6 +98,7 @@ def run(config: PipelineConfig) -> Report:
             "model_version": artifact.version,
             "sequences_version": sequences.version(),
             "top_k": order.top_k,
+            "variant": order.variant,
         }
         version = _replace(recommendations, parts, stamp)
     seconds = time.perf_counter() - started
@@ -138,6 +123,7 @@ class BucketRecommender:
         self._maker = ListMaker(
             load_artifact(order.artifact),
             device="cuda" if order.device == "cuda" else "cpu",
+            variant=order.variant,
             num_threads=order.num_threads,
         )
 
@@ -145,8 +131,10 @@ class BucketRecommender:
         """Writes the lists of the bucket in the only row, uncommitted; returns its part."""
         started = time.process_time()
         bucket, order = Bucket(**json.loads(batch["bucket"][0].as_py())), self._order
-        tables = [make_lists(self._maker, users, order) for users in read_users(bucket, order)]
-        if not any(table.num_rows for table in tables):
+        id_type = order.schema.field("user_id").type
+        users = read_users(bucket, id_type, order.history_events, order.options)
+        tables = [make_lists(self._maker, some, order) for some in users]
+        if not tables:
             return pa.table({"made": pa.array([], pa.string())})
         rows = pa.concat_tables(tables)
         part = write_rows(order.lake_uri, TABLE, rows, bucket.number, order.options)
@@ -158,34 +146,38 @@ class BucketRecommender:
         return pa.table({"made": [json.dumps(made)]})
 
 
-def read_users(bucket: Bucket, order: Order) -> Iterator[pa.Table]:
-    """The users of a bucket, in the columns of the sequences table: first those with a sequence,
-    of which the last `history_events`, then the others, whose lists are empty.
-    """
-    known = pa.chunked_array([], order.schema.field("user_id").type)
-    if bucket.sequences:
-        columns = ["user_id", "segment", *_LISTS]
-        sequences = read_files(bucket.sequences, columns, order.options)
-        known = sequences["user_id"]
-        yield recent_events(sequences, order.history_events)
-    if bucket.users or bucket.events:
-        yield _read_newcomers(bucket, known, order.options)
-
-
 def make_lists(maker: ListMaker, users: pa.Table, order: Order) -> pa.Table:
-    """A row a user, in the order given, as `recommendations_schema` without its bucket.
+    """A row a user, in the order given, as `recommendations_schema` without its bucket."""
+    found = rank_users(maker, users, order)
+    is_ranked_U = np.array([len(best.items) > 0 for best in found], bool)
+    ranked = [best for best in found if len(best.items)]
+    others = users.filter(pa.array(~is_ranked_U))
+    rows = pa.concat_tables(
+        [
+            _as_rows(users["user_id"].filter(pa.array(is_ranked_U)), ranked, maker, order),
+            _fall_back(maker, others, order),
+        ]
+    )
+    places_U = np.concatenate([np.flatnonzero(is_ranked_U), np.flatnonzero(~is_ranked_U)])
+    return rows.take(pa.array(np.argsort(places_U)))
+
+
+def rank_users(maker: ListMaker, users: pa.Table, order: Order) -> list[Best]:
+    """The model's list for each user, empty where it knows none of their items.
 
     Users of histories alike in length are ranked together, so that hardly any padding is encoded.
     """
-    lengths_U = pc.list_value_length(users["item_ids"]).to_numpy()
+    store = read_requests(users, maker.catalogue, maker.context, order.created_us)
+    lengths_U = np.diff(store.offsets_U) - 1
     by_length = np.argsort(lengths_U, kind="stable")
-    version = maker.ranker.info.model_version
-    made = [order.schema.empty_table()]
+    by_length = by_length[lengths_U[by_length] > 0]
+    found = [_NO_LIST] * len(lengths_U)
     for start in range(0, len(by_length), order.batch_size):
-        rows = users.take(pa.array(by_length[start : start + order.batch_size]))
-        lists = maker.make(make_queries(rows, order))
-        made.append(_as_rows(rows["user_id"], lists, version, order))
-    return pa.concat_tables(made).take(pa.array(np.argsort(by_length, kind="stable")))
+        batch = by_length[start : start + order.batch_size]
+        lists = maker.ranker.rank_users(store, batch, order.top_k, exclude_seen=order.filter_seen)
+        for user, best in zip(batch.tolist(), lists, strict=True):
+            found[user] = best
+    return found
 
 
 def make_queries(users: pa.Table, order: Order) -> list[Query]:
@@ -204,49 +196,58 @@ def make_queries(users: pa.Table, order: Order) -> list[Query]:
     ]
 
 
-def _read_newcomers(bucket: Bucket, known: pa.ChunkedArray, options: dict[str, str]) -> pa.Table:
-    """Users of the users and events tables who have no sequence."""
-    users = pa.table({"user_id": known.slice(0, 0), "segment": pa.array([], pa.string())})
-    if bucket.users:
-        users = read_files(bucket.users, ["user_id", "segment"], options)
-    # Events are far more than users: a file of them at a time.
-    in_events = (read_files([file], ["user_id"], options)["user_id"] for file in bucket.events)
-    found = [*users["user_id"].chunks, *map(pc.unique, in_events)]
-    everyone = pc.unique(pa.chunked_array(found, known.type))
-    newcomers = everyone.filter(pc.invert(pc.is_in(everyone, known)))
-    segments = users["segment"].cast(pa.string())
-    return pa.table(
-        {
-            "user_id": newcomers,
-            "segment": segments.take(pc.index_in(newcomers, users["user_id"])),
-            **{name: _empty_lists(len(newcomers), name) for name in _LISTS},
-        }
-    )
-
-
-def _empty_lists(count: int, name: str) -> pa.Array:
-    return pa.array([[]] * count, pa.list_(TIMESTAMP if name == "timestamps" else pa.string()))
-
-
 def _as_rows(
-    user_ids: pa.ChunkedArray, made: Sequence[MadeList], version: str, order: Order
+    user_ids: pa.ChunkedArray, ranked: Sequence[Best], maker: ListMaker, order: Order
 ) -> pa.Table:
-    count = len(made)
+    ends_U = np.cumsum([0, *(len(best.items) for best in ranked)])
+    offsets = pa.array(ends_U, pa.int32())
+    items = maker.catalogue.decode(np.concatenate([_NO_LIST.items, *(b.items for b in ranked)]))
+    scores = np.concatenate([_NO_LIST.scores, *(best.scores for best in ranked)])
     columns = {
         "user_id": user_ids,
+        "item_ids": pa.ListArray.from_arrays(offsets, items),
+        "scores": pa.ListArray.from_arrays(offsets, pa.array(scores)),
+        "source": pa.repeat("model", len(ranked)),
+    }
+    return _complete(columns, maker, order)
+
+
+def _fall_back(maker: ListMaker, users: pa.Table, order: Order) -> pa.Table:
+    made = maker.make(make_queries(users, order))
+    columns = {
+        "user_id": users["user_id"],
         "item_ids": [one.item_ids for one in made],
         "scores": [one.scores for one in made],
-        "model_version": [version] * count,
         "source": [one.source for one in made],
-        "created_at": pa.array([order.created_us] * count, pa.int64()).cast(TIMESTAMP),
     }
+    return _complete(columns, maker, order)
+
+
+def _complete(columns: dict[str, Any], maker: ListMaker, order: Order) -> pa.Table:
+    count = len(columns["user_id"])
+    columns["model_version"] = pa.repeat(maker.ranker.info.model_version, count)
+    columns["created_at"] = pa.repeat(order.created_us, count).cast(TIMESTAMP)
     return pa.table(columns, schema=order.schema)
 
 
 def _open_artifact(config: PipelineConfig) -> Artifact:
     registry = Path(config.storage.registry_uri)
     version = config.recommend.version or serving_version(registry)
-    return load_artifact(registry / version)
+    artifact = load_artifact(registry / version)
+    _refuse_unproven(artifact, config.recommend.variant)
+    return artifact
+
+
+def _refuse_unproven(artifact: Artifact, variant: Variant) -> None:
+    """Raises: JobError when the variant did not pass `ray_jobs.export` before the publication."""
+    path = artifact.path / "export.json"
+    proven = json.loads(path.read_text())["variants"] if path.is_file() else {}
+    if variant != "fp32" and variant not in proven:
+        raise JobError(
+            f"Version {artifact.version} was published without {variant} (it has "
+            f"{', '.join(proven) or 'no export'}); name it in export.variants and publish again, "
+            "or set recommend.variant to fp32."
+        )
 
 
 def _find_schema(artifact: Artifact, sequences: DeltaTable) -> pa.Schema:
@@ -277,22 +278,8 @@ def _write_order(config: PipelineConfig, artifact: Artifact, schema: pa.Schema) 
         config.publish.history_events,
         max(1, int(wanted.cpus_per_actor)),
         "cuda" if wanted.gpus_per_actor else "cpu",
+        wanted.variant,
     )
-
-
-def _look_at_buckets(config: PipelineConfig, sequences: DeltaTable) -> list[Bucket]:
-    """Every bucket that has a user who gets a list."""
-    lake_uri, options = config.storage.lake_uri, config.storage.options
-    files = {"sequences": files_by_bucket(sequences), "users": {}, "events": {}}
-    if config.recommend.users == "all":
-        for name in ("users", "events"):
-            if table_exists(lake_uri, name, options):
-                files[name] = files_by_bucket(open_table(lake_uri, name, options))
-    numbers = sorted(set().union(*files.values()))
-    return [
-        Bucket(number, **{name: found.get(number, []) for name, found in files.items()})
-        for number in numbers
-    ]
 
 
 def _make_all(

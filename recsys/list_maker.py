@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from recsys.artifact import Artifact
-from recsys.encoders import Backend, variant_file
+from recsys.encoders import Backend, Variant, variant_file
 from recsys.fallback import Fallback
 from recsys.filters import AttributeFilter, ItemId, ItemIndex
 from recsys.ladder import Candidate, Ladder
@@ -33,6 +33,7 @@ class ListMaker:
 
     Args:
         device: "cpu" or "cuda".
+        variant: numbers that the encoder counts in; int8 is for CPUs.
         num_threads: of a search on a CPU; torch's number by default.
 
     Raises: ArtifactError when weights or fallback tables are missing or do not fit.
@@ -43,11 +44,13 @@ class ListMaker:
         artifact: Artifact,
         *,
         device: Literal["cpu", "cuda"] = "cpu",
+        variant: Variant = "fp32",
         num_threads: int | None = None,
     ) -> None:
         index = ItemIndex(artifact.catalogue)
         self._ladder = Ladder(Fallback.read(artifact.path / "fallback"), index)
-        self.ranker = _open_ranker(artifact, device, num_threads)
+        self.catalogue, self.context = artifact.catalogue, artifact.context
+        self.ranker = _open_ranker(artifact, device, variant, num_threads)
         self._of_newcomer = lru_cache(maxsize=1024)(self._fill_for_newcomer)
 
     def make(self, queries: Sequence[Query]) -> list[MadeList]:
@@ -104,7 +107,11 @@ class ListMaker:
         )
 
 
-def _open_ranker(artifact: Artifact, device: str, num_threads: int | None) -> Ranker:
-    is_exported = (artifact.path / variant_file("fp32")).is_file()
-    backend: Backend = "onnx" if is_exported and device == "cpu" else "torch"
-    return Ranker(artifact, device=device, backend=backend, num_threads=num_threads)
+def _open_ranker(
+    artifact: Artifact, device: str, variant: Variant, num_threads: int | None
+) -> Ranker:
+    is_exported = device == "cpu" and (artifact.path / variant_file(variant)).is_file()
+    backend: Backend = "onnx" if is_exported or variant == "int8" else "torch"
+    return Ranker(
+        artifact, device=device, backend=backend, variant=variant, num_threads=num_threads
+    )

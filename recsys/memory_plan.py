@@ -2,24 +2,26 @@
 refused with figures instead of killed without.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recsys.batches import BatchMaker
+from recsys.batches import Batch, BatchMaker
 from recsys.catalogue import NUM_SPECIAL
 from recsys.errors import TrainingError
-from recsys.losses import block_bytes, compute_loss
+from recsys.losses import block_bytes
 from recsys.model import NextItemModel
-from recsys.negatives import BatchTargets, NegativeSampler
 from recsys.randomness import Draws
 from recsys.recipe import Recipe
 
 _SAMPLE_WINDOWS = 2
 _SAMPLE_ROWS = 500
+_COUNTED_WINDOWS = 512
 _TRANSIENT = 1.25
 """What a backward pass holds beside what the forward pass kept for it, as measured."""
 _GB = 1e9
@@ -71,6 +73,7 @@ def plan_memory(recipe: Recipe, workload: Workload) -> MemoryPlan:
             "weights": 4 * weights + codes,
             "moments": 8 * weights,
             "gradients": 4 * dense * copies,
+            "touched": _touched_bytes(recipe, workload) if is_touched else 0,
             "loss": _loss_bytes(recipe, workload),
             "activations": _activation_bytes(recipe, workload),
             "tokens": workload.num_tokens * (8 + len(workload.context_sizes)),
@@ -127,10 +130,14 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _loss_bytes(recipe: Recipe, workload: Workload) -> int:
-    if recipe.loss.kind != "full-softmax":
-        return 0
-    num_rows, dim = workload.num_rows, recipe.model.dim
     element = torch.empty(0, dtype=workload.dtype).element_size()
+    if recipe.loss.kind == "full-softmax":
+        return _full_softmax_bytes(recipe, workload, element)
+    return _sampled_loss_bytes(recipe, workload, element)
+
+
+def _full_softmax_bytes(recipe: Recipe, workload: Workload, element: int) -> int:
+    num_rows, dim = workload.num_rows, recipe.model.dim
     # The gradient before it is scaled, the table in the dtype of the states and, put together from
     # codes, the table and its gradient.
     copies = 4 + element * (workload.dtype != torch.float32)
@@ -142,8 +149,60 @@ def _loss_bytes(recipe: Recipe, workload: Workload) -> int:
     return num_rows * dim * copies + 2 * of_block
 
 
+def _sampled_loss_bytes(recipe: Recipe, workload: Workload, element: int) -> int:
+    """The larger of two moments: when a position's negatives are compared with its target, and when
+    the gradient of their vectors is there.
+    """
+    M, N, G = _count_scores(recipe, workload)
+    vectors = G * N * recipe.model.dim
+    # The scores and whose they are (int64), which of them count, and in a sampled softmax what is
+    # expected of them and the scores without it.
+    of_score = 4 + 4 + 8 + 1 + 4 * (recipe.loss.kind == "sampled-softmax")
+    is_rounded = element < 4
+    forward = element * vectors + of_score * M * N
+    backward = (2 * element + 4 * is_rounded) * vectors + (4 + 4 + 1) * M * N
+    return max(forward, backward)
+
+
+def _touched_bytes(recipe: Recipe, workload: Workload) -> int:
+    """Copies of the rows that a step looks at at most, and their gradients."""
+    _, N, G = _count_scores(recipe, workload)
+    # A target is an item of its window.
+    looked_at = workload.windows * (recipe.model.max_len + 1) + G * N
+    return 2 * 4 * min(workload.num_rows, looked_at) * (recipe.model.dim + 1)
+
+
+def _count_scores(recipe: Recipe, workload: Workload) -> tuple[int, int, int]:
+    """Positions that are scored at once, their negatives, and the draws of these."""
+    chosen, per_window = recipe.loss.negatives, _scored_per_window(recipe)
+    M = math.ceil(per_window * workload.windows)
+    in_batch = math.ceil(per_window * recipe.batch_size)
+    N = {"in-batch": in_batch, "mixed": chosen.num + in_batch}.get(chosen.source, chosen.num)
+    return M, N, 1 if chosen.group_size is None else math.ceil(M / chosen.group_size)
+
+
+@lru_cache
+def _scored_per_window(recipe: Recipe) -> float:
+    """Positions of a window of full length that are scored, in the mean of many."""
+    batch = _make_batch(recipe, _COUNTED_WINDOWS, _SAMPLE_ROWS, 0)
+    return len(batch.targets_M) / _COUNTED_WINDOWS
+
+
+def _make_batch(recipe: Recipe, num_windows: int, num_rows: int, num_fields: int) -> Batch:
+    """Random windows of full length."""
+    B, L, F = num_windows, recipe.model.max_len, num_fields
+    # Of a causal window the last event is a target alone.
+    L += recipe.model.attention == "causal"
+    items_BL = torch.randint(
+        NUM_SPECIAL, num_rows, (B, L), generator=torch.Generator().manual_seed(0)
+    )
+    zeros = torch.zeros(B, L, F, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int32)
+    maker = BatchMaker(recipe.objective, torch.zeros(F, dtype=torch.bool), num_rows)
+    return maker.make(items_BL, *zeros, Draws(0, 0, torch.arange(B)))
+
+
 def _activation_bytes(recipe: Recipe, workload: Workload) -> int:
-    """What the forward pass keeps for the backward pass, measured on two windows of full length."""
+    """What the encoder keeps for the backward pass, measured on two windows of full length."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -154,31 +213,19 @@ def _activation_bytes(recipe: Recipe, workload: Workload) -> int:
     num_rows = min(workload.num_rows, _SAMPLE_ROWS)
     model = NextItemModel(recipe.model, num_rows, workload.context_sizes).train()
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    B, L, F = _SAMPLE_WINDOWS, recipe.model.max_len + 1, len(workload.context_sizes)
-    draws = Draws(0, 0, torch.arange(B))
-    items_BL = torch.randint(NUM_SPECIAL, num_rows, (B, L))
-    zeros = torch.zeros(B, L, F, dtype=torch.int64), torch.zeros(B, L, dtype=torch.int32)
-    maker = BatchMaker(recipe.objective, torch.zeros(F, dtype=torch.bool), num_rows)
-    batch = maker.make(items_BL, *zeros, draws)
-    if recipe.model.attention == "bidirectional":
-        batch = maker.make(items_BL[:, 1:], zeros[0][:, 1:], zeros[1][:, 1:], draws)
+    batch = _make_batch(recipe, _SAMPLE_WINDOWS, num_rows, len(workload.context_sizes))
+    noise = Draws(0, 0, torch.arange(_SAMPLE_WINDOWS)).noise(batch.items_BL.shape[1])
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", workload.dtype, enabled=workload.dtype != torch.float32),
     ):
-        hidden_MD = model(
+        model(
             batch.items_BL,
             batch.context_BLF,
             batch.request_BLF,
             batch.seconds_BL2,
-            draws.noise(batch.items_BL.shape[1]),
+            noise,
             batch.scored_M,
-        ).to(workload.dtype)
-        if recipe.loss.kind != "full-softmax":
-            counts_I = torch.ones(num_rows, dtype=torch.int64)
-            sampler = NegativeSampler(recipe.loss.negatives, counts_I)
-            negatives = sampler.draw(batch.targets_M, draws, BatchTargets(batch.targets_M))
-            rows = model.output_rows()
-            compute_loss(recipe.loss, hidden_MD, *rows, batch.targets_M, negatives)
+        )
     of_sample = sum(size for pointer, size in kept.items() if pointer not in own)
     return int(of_sample * _TRANSIENT / _SAMPLE_WINDOWS * workload.windows)

@@ -14,24 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from recsys.assembly import Assembler, Piece
 from recsys.compilation import compile_blocks, leave_eager, run_eagerly
 from recsys.errors import OutOfMemoryError, TrainingError
-from recsys.evaluation import rank_targets
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
 from recsys.randomness import Purpose
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
-from recsys.scorer import ModelScorer
+from recsys.replicas import replicate, without_exchange
 from recsys.splits import Split
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 from recsys.touched_rows import TouchedRows
+from recsys.validation import Validation, sample_users
 from recsys.windows import Places
 
 log = logging.getLogger(__name__)
@@ -135,9 +134,6 @@ class Trainer:
         self.rank, self.world_size = rank_and_world_size()
         self.model = model.to(device)
         self.dtype = choose_dtype(config.precision, device)
-        self._store, self._split = store, split
-        self._known_at_request_F = known_at_request_F
-        self._filter_seen = filter_seen
         self._refuse_empty_parts()
 
         self._assembler = Assembler(
@@ -152,14 +148,17 @@ class Trainer:
             targets=targets,
             new_since_s=new_since_s,
         )
-        self._validation_users = _sample_users(split.validation_U, config.validation_users, seed)
+        self._validation_users = sample_users(split.validation_U, config.validation_users, seed)
+        self._validation = Validation(
+            store, split, self._validation_users, known_at_request_F, filter_seen
+        )
         self._touched = None
         if recipe.optimiser.item_rows == "touched":
             self._touched = TouchedRows(self.model.item_parameters)
             self.model.touch(self._touched)
         self.eager_because = self._compile() if config.compile else ""
         """Why the model is not compiled although it should be."""
-        self._replica = self._replicate()
+        self._replica = replicate(self.model, self.world_size, self._touched)
         self._optimiser = Optimiser(self.model, recipe.optimiser, self._touched)
         self.steps_per_epoch = self._assembler.windows.num_batches(recipe.batch_size)
         self.epoch = 0
@@ -250,27 +249,9 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them."""
         with run_eagerly() if self._is_compiled else contextlib.nullcontext():
-            return self._rank_validation_users()
-
-    def _rank_validation_users(self) -> tuple[float, float]:
-        users = self._validation_users[self.rank :: self.world_size]
-        sums = [0.0, 0.0, 0.0, float(len(users))]
-        if len(users):
-            scorer = ModelScorer(self.model, self._known_at_request_F, dtype=self.dtype)
-            ranks_N = rank_targets(
-                scorer,
-                self._store,
-                users,
-                self._split.validation_U[users],
-                filter_seen=self._filter_seen,
-            ).ranks_N
-            is_hit_N = ranks_N <= 10
-            gains_N = is_hit_N / np.log2(1 + ranks_N)
-            sums[:3] = [float(is_hit_N.sum()), float(gains_N.sum()), float((gains_N**2).sum())]
-        hits, gains, squares, count = sum_over_ranks(sums, self.device)
-        count = max(count, 1)
-        self.ndcg10_error = math.sqrt(max(0.0, squares / count - (gains / count) ** 2) / count)
-        return hits / count, gains / count
+            found = self._validation.rank(self.model, self.dtype)
+        self.ndcg10_error = found.ndcg10_error
+        return found.hr10, found.ndcg10
 
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that a resumed run needs, as tensors and plain values."""
@@ -332,7 +313,7 @@ class Trainer:
             self._touched.open(torch.cat([items for piece in pieces for items in piece.items]))
         for piece in pieces:
             is_last = piece is pieces[-1]
-            with contextlib.nullcontext() if is_last else self._without_exchange():
+            with contextlib.nullcontext() if is_last else without_exchange(self._replica):
                 loss = self._loss(piece)
                 # Ranks are averaged over, and each brings its share of the sum.
                 torch.autograd.backward(loss * (piece.share * self.world_size))
@@ -379,27 +360,6 @@ class Trainer:
         if self.rank == 0:
             log.warning("Training goes on without torch.compile: %s.", reason)
         return reason
-
-    def _replicate(self) -> nn.Module:
-        if self.world_size == 1:
-            return self.model
-        if self._touched is not None:
-            # Their rows are exchanged apart from the others.
-            tables = [
-                # DDP puts a dot before the parameters of the outermost module.
-                name if "." in name else f".{name}"
-                for name, parameter in self.model.named_parameters()
-                if any(parameter is table for table in self._touched.tables)
-            ]
-            ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-            ignore(self.model, tables)  # type: ignore[no-untyped-call]
-        # Buffers never change; the attributes of millions of items would travel at each step.
-        return DistributedDataParallel(self.model, forward_sync_buffers=False)
-
-    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()
-        return contextlib.nullcontext()
 
     def _refuse_empty_parts(self) -> None:
         num_parts = self.world_size * self.config.micro_batches
@@ -459,10 +419,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _sample_users(targets_U: np.ndarray, num_users: int, seed: int) -> np.ndarray:
-    users = np.flatnonzero(targets_U >= 0)
-    if len(users) <= num_users:
-        return users
-    return np.sort(np.random.default_rng(seed).choice(users, num_users, replace=False))

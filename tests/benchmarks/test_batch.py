@@ -1,9 +1,11 @@
 """The shop of the benchmark, and what its record says of what was not measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.compute as pc
 
-from benchmarks.batch import LONGEST, SHORTEST, Result, draw_sequences, render
+from benchmarks.batch import LONGEST, SHORTEST, Result, draw_sequences, remember, render
 from benchmarks.serving_artifact import Shape
 
 
@@ -18,10 +20,24 @@ def test_histories_are_as_long_as_the_record_says():
     assert (np.diff(first) > 0).all()
 
 
+SMALL = Result(20_000, 2, 512, 50.0, 80.0, 2**30, 3 * 2**30, {"ray workers": 2 * 2**30})
+
+
 def test_a_smaller_run_says_that_a_million_users_are_open():
-    result = Result(20_000, 2, 512, 50.0, 80.0, 2**30, 3 * 2**30, {"ray workers": 2 * 2**30})
-    text = render(Shape(), result)
-    assert "| 20,000 | 2 actors of one CPU | 50 | 400 | 250 | 3.00 | 1.00 |" in text
-    assert "1,000,000 users were not measured: the run stopped at 20,000." in text
-    whole = Result(1_000_000, 1, 512, 50.0, 80.0, 0, 0, {})
-    assert "not measured" not in render(Shape(), whole)
+    text = render(Shape(), [SMALL])
+    row = (
+        "| 20,000 | fp32 | 2 actors of one CPU | 50 | 400 | 250 | 3.00 | 1.00 | ray workers 2.00 |"
+    )
+    assert row in text
+    assert "1,000,000 users were not measured: the largest run had 20,000." in text
+    assert "not measured" not in render(Shape(), [SMALL, replace(SMALL, users=1_000_000)])
+
+
+def test_a_run_takes_the_place_of_one_like_it(tmp_path):
+    path = tmp_path / "batch.json"
+    remember(path, replace(SMALL, users=1_000_000))
+    remember(path, SMALL)
+    results = remember(path, replace(SMALL, cpu_s=40.0))
+    assert [(one.users, one.cpu_s) for one in results] == [(20_000, 40.0), (1_000_000, 80.0)]
+    both = remember(path, replace(SMALL, variant="int8"))
+    assert [one.variant for one in both] == ["fp32", "int8", "fp32"]

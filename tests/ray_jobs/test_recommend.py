@@ -35,15 +35,15 @@ from data_lake.tables import (
     write_part,
 )
 from ray_jobs import recommend
-from ray_jobs.config import PipelineConfig
+from ray_jobs.config import PipelineConfig, RecommendConfig
 from ray_jobs.errors import JobError
 from ray_jobs.recommend import Order, make_lists, make_queries
-from recsys.artifact import load_artifact
+from recsys.artifact import load_artifact, publish
 from recsys.list_maker import ListMaker
 from recsys.queries import Event, Query, RequestContext
 from serve_app.history_stores.store import SeedRow
 from serve_app.schemas import RecommendRequest
-from tests.conftest import START_US
+from tests.conftest import START_US, write_artifact
 from tests.serve_app.conftest import ShopFront
 
 NUM_BUCKETS = 2
@@ -169,8 +169,16 @@ def online(registry, tmp_path):
 
 @pytest.mark.ray
 def test_everybody_gets_the_list_of_the_endpoint(tmp_path, registry, lake, online, ray_cluster):
-    report = recommend.run(pipeline(tmp_path, registry))
+    compare_with_endpoint(recommend.run(pipeline(tmp_path, registry)), lake, online)
 
+
+@pytest.mark.parametrize("batch_size", [1, 512])
+def test_so_they_do_in_one_process(tmp_path, registry, lake, online, without_ray, batch_size):
+    report = recommend.run(pipeline(tmp_path, registry, batch_size=batch_size))
+    compare_with_endpoint(report, lake, online)
+
+
+def compare_with_endpoint(report, lake, online):
     found = read_lists(lake)
     assert sorted(found) == sorted(ALL)
     segments = {name: segment for name, (segment, _) in HISTORIES.items()} | NEWCOMERS
@@ -376,3 +384,44 @@ def test_a_version_with_other_ids_is_refused(tmp_path, registry):
     with pytest.raises(JobError, match="item ids of type string, and the lake int64; name a ver"):
         recommend.run(pipeline(tmp_path, registry))
     assert not table_exists(lake, "recommendations")
+
+
+def publish_with(registry, shop, root, variants):
+    """The version v1 again, as if these had passed the gate of the export."""
+
+    def write(folder):
+        write_artifact(folder, shop=shop, seed=1)
+        (folder / "export.json").write_text(
+            json.dumps({"variants": {name: {} for name in variants}})
+        )
+
+    publish(root / "registry", "v1", write, {"seed": 1})
+
+
+def test_a_variant_that_passed_the_export_makes_lists(tmp_path, registry, shop, lake, without_ray):
+    publish_with(registry, shop, tmp_path, ["fp32", "bf16"])
+    chosen = {"version": "v1", "users": "sequences"}
+    scores = {}
+    for variant in ("fp32", "bf16"):
+        report = recommend.run(pipeline(tmp_path, registry, variant=variant, **chosen))
+        scores[variant] = {user: row["scores"] for user, row in read_lists(lake).items()}
+        assert report.figures["variant"] == variant
+    for user, expected in scores["fp32"].items():
+        assert scores["bf16"][user] == pytest.approx(expected, abs=0.2)
+    assert scores["bf16"] != scores["fp32"]
+
+
+def test_a_variant_that_did_not_pass_is_refused(tmp_path, registry, shop, lake):
+    with pytest.raises(JobError, match=r"v1 was published without int8 \(it has no export\); name"):
+        recommend.run(pipeline(tmp_path, registry, variant="int8"))
+    publish_with(registry, shop, tmp_path / "other", ["fp32", "bf16"])
+    (tmp_path / "registry").unlink()
+    (tmp_path / "registry").symlink_to(tmp_path / "other" / "registry")
+    with pytest.raises(JobError, match=r"v1 was published without int8 \(it has fp32, bf16\)"):
+        recommend.run(pipeline(tmp_path, registry, variant="int8", version="v1"))
+    assert not table_exists(lake, "recommendations")
+
+
+def test_int8_on_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="int8 is for CPUs; set gpus_per_actor to 0, or take bf16"):
+        RecommendConfig(variant="int8", gpus_per_actor=0.5)

@@ -30,8 +30,32 @@ def test_weights_moments_and_gradients_are_counted_by_hand():
 def test_rows_that_are_touched_alone_have_no_gradient_of_the_table():
     sampled = read_recipe("esasrec", {"optimiser": {"item_rows": "touched"}})
     every = read_recipe("esasrec")
-    saved = plan_memory(every, _LOAD).total_bytes - plan_memory(sampled, _LOAD).total_bytes
-    assert saved == 4 * 100_000 * 65
+    before, after = (plan_memory(recipe, _LOAD).parts for recipe in (every, sampled))
+    assert before["gradients"] - after["gradients"] == 4 * 100_000 * 65
+    # Copies of the rows of a step take their place: a vector and a bias, and the gradient of both.
+    assert after["touched"] < 2 * 4 * 65 * 100_000
+    assert (before["touched"], after["touched"] % (2 * 4 * 65)) == (0, 0)
+
+
+def test_negatives_of_the_batch_are_compared_with_all_of_its_positions():
+    negatives = {"source": "mixed", "num": 1_000}
+    loss = {"kind": "sampled-softmax", "negatives": negatives}
+    recipe = read_recipe("sasrec-ce", {"loss": loss, "batch_size": 64})
+    # 50 positions of each of 32 windows, and the targets of a batch of 64 beside those drawn.
+    M, N = 32 * 50, 1_000 + 64 * 50
+    parts = plan_memory(recipe, _LOAD).parts
+    assert parts["loss"] == 4 * N * recipe.model.dim + 21 * M * N
+    sparse = read_recipe("sasrec-ce", {"loss": {"kind": "sampled-softmax"}, "batch_size": 64})
+    # The default: 256 uniform ones for all.
+    assert plan_memory(sparse, _LOAD).parts["loss"] == 4 * 256 * recipe.model.dim + 21 * M * 256
+
+
+def test_vectors_of_many_draws_and_their_gradient_outweigh_the_scores():
+    negatives = {"source": "uniform", "num": 8, "group_size": 1}
+    recipe = read_recipe("sasrec-ce", {"loss": {"kind": "bce", "negatives": negatives}})
+    M, N = 32 * 50, 8
+    of_vectors = 8 * M * N * recipe.model.dim
+    assert plan_memory(recipe, _LOAD).parts["loss"] == of_vectors + 9 * M * N
 
 
 def test_several_workers_hold_gradients_twice():
