@@ -35,7 +35,7 @@ def test_a_gain_is_written_seed_by_seed():
         "stopped_early": 1,
         "failed": 0,
         "search_seconds": 10,
-        "seconds": 20,
+        "verdict_seconds": 20,
         "headline": "trial 1 beats the default",
         "winner": {"number": 1, "values": {"model.dim": 64}},
         "verdict": verdict,
