@@ -3,6 +3,7 @@
 serve run serve_app.deployment:build registry=/srv/registry history_path=/srv/history.sqlite
 """
 
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -32,6 +33,8 @@ from serve_app.recommender import Recommender
 from serve_app.settings import Settings
 from serve_app.shared_cache import open_shared_cache
 from serve_app.versions import Versions
+
+log = logging.getLogger(__name__)
 
 
 class RankerDeployment(RankerHost):
@@ -94,10 +97,18 @@ class Ingress:
             exposures=open_exposures(settings, metrics),
         )
 
-    def check_health(self) -> None:
-        """Raises what broke the ranker inside."""
+    async def check_health(self) -> None:
+        """Raises what broke the ranker inside.
+
+        Serve asks each replica for its health from its start on; a probe of `/health/ready` reaches
+        any of them. So each finds the way to the ranker before a visitor has to wait for that.
+        """
         if self._host is not None:
             self._host.check_health()
+        try:
+            await self._recommender.is_ready()
+        except Exception:  # whatever the ranker suffers from, this process answers from the ladder
+            log.warning("The way to the ranker is not warm.", exc_info=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._recommender, self._intake, self._settings, echo_request_id=False)

@@ -65,6 +65,8 @@ def url(ray_cluster, own_registry, landing):
         "registry_poll_s": 0.1,
         "ranker_cpus": 0.5,
         "ingress_replicas": 2,
+        # What comes late opens the breaker; two cores that do other things are late at times.
+        "deadline_ms": 500,
     }
     serve.run(build(arguments), name="nextitem")
     url = f"http://127.0.0.1:{port}"
@@ -292,10 +294,29 @@ def test_ingress_may_rank_by_itself(registry, tmp_path):
     request = RecommendRequest(user_history=HISTORY, timeout_ms=5000)
     answer = asyncio.run(ingress._recommender.recommend(request))
     asyncio.run(ingress._intake.close())
+    assert ingress._recommender.ranker_info is None
+    asyncio.run(ingress.check_health())
     ingress._host.close()
 
-    ingress.check_health()
     assert (answer.source, answer.degraded) == ("model", False)
+    assert ingress._recommender.ranker_info is not None
+
+
+def test_an_ingress_that_cannot_warm_its_way_to_the_ranker_stays_healthy(
+    registry, tmp_path, monkeypatch, caplog
+):
+    async def fail():
+        raise KeyError("a bug")
+
+    settings = Settings(
+        registry=registry, history_path=tmp_path / "history.sqlite", ranker="inside"
+    )
+    ingress = Ingress(settings, None)
+    monkeypatch.setattr(ingress._recommender, "is_ready", fail)
+    asyncio.run(ingress.check_health())
+    asyncio.run(ingress._intake.close())
+    ingress._host.close()
+    assert caplog.messages == ["The way to the ranker is not warm."]
 
 
 @pytest.mark.parametrize(
