@@ -206,5 +206,8 @@ DATASETS: Mapping[str, Callable[[], Events]] = {
     "beauty": lambda: read_beauty(_data("beauty")),
     "globo": lambda: read_clicks(_data("globo/clicks.parquet")),
     "shop": lambda: make_shop(ShopConfig(num_users=20_000, num_items=1_000), seed=7),
+    "shop-1m": lambda: make_shop(
+        ShopConfig(num_users=300_000, num_items=2_000_000, num_categories=1_000), seed=7
+    ),
     "small-shop": lambda: make_shop(ShopConfig(num_users=300, num_items=200), seed=7),
 }

@@ -24,16 +24,17 @@ RecTools hands over lists, and both are measured by `recsys.metrics`.
 scaling: an epoch of the plain trainer and under Ray Train with 1, 2 and 4 workers of one thread.
 loading: from the sequences table of a million users to the first batch. gpu: see `training_gpu`.
 
-RecTools is installed in an environment of its own, which is kept for the next time. Without any
-option that changes figures the run writes `results/training.md` and `.json`; the last line printed
-is one JSON object.
+RecTools is installed in an environment of its own, which is kept for the next time. Without an
+option that changes figures, each case is written to `results/training.json` as soon as it is
+measured, in place of what was there of it, and `training.md` is rendered from all. The last line
+printed is one JSON object.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
@@ -58,7 +59,7 @@ RESULTS = Path(__file__).parent / "results"
 OTHERS = ("scaling", "loading", "gpu")
 PRECISIONS = {"ours": "auto", "ours, fp32": "fp32"}
 SIDES = ("ours", PEER, "ours, fp32")
-_CHANGES_FIGURES = ("case", "epochs", "rounds", "threads", "quick")
+_CHANGES_FIGURES = ("epochs", "rounds", "threads", "quick")
 
 
 def main() -> None:
@@ -66,12 +67,15 @@ def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
     is_full = all(getattr(arguments, name) == parser.get_default(name) for name in _CHANGES_FIGURES)
+    found = {}
     try:
-        found = measure_cases(arguments)
+        for name, case in measure_cases(arguments):
+            found[name] = {"machine": machine(), **case}
+            _log(f"{name}: {json.dumps(found[name])}")
+            if is_full:
+                record({name: found[name]}, RESULTS)
     except PeerError as error:
         sys.exit(str(error))
-    if is_full:
-        record(found)
     print(json.dumps(summarise(found)))
 
 
@@ -91,8 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_cases(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What each case found, by its name. Raises: PeerError before anything is trained."""
+def measure_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of each case and what it found. Raises: PeerError before anything is trained."""
     names = arguments.case or choose_cases(quick=arguments.quick)
     python = None
     # A quick run asks the peer only where one is named.
@@ -104,11 +108,8 @@ def measure_cases(arguments: argparse.Namespace) -> dict[str, Any]:
         "loading": lambda: measure_loading(QUICK if arguments.quick else LOADING),
         "gpu": measure_gpu,
     }
-    found = {}
     for name in names:
-        found[name] = others[name]() if name in others else compare(name, arguments, python)
-        _log(f"{name}: {json.dumps(found[name])}")
-    return found
+        yield name, others[name]() if name in others else compare(name, arguments, python)
 
 
 def choose_cases(*, quick: bool) -> tuple[str, ...]:
@@ -159,19 +160,21 @@ def compare_sides(recipe: str, trained: dict[str, list[Trained]]) -> dict[str, A
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
-    """The last line: each case without its sides in full."""
+    """The last line: each case without its machine and its sides in full."""
     return {
-        name: {key: value for key, value in case.items() if key != "sides"}
+        name: {key: value for key, value in case.items() if key not in ("machine", "sides")}
         for name, case in found.items()
     }
 
 
-def record(found: dict[str, Any]) -> None:
-    """Writes both files of the results."""
-    RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine(), **found}
-    (RESULTS / "training.json").write_text(json.dumps(content, indent=1) + "\n")
-    (RESULTS / "training.md").write_text(render(content))
+def record(found: dict[str, Any], results: Path) -> None:
+    """Writes both files of the results; cases that were not measured stay as they are."""
+    path = results / "training.json"
+    known = (json.loads(path.read_text()) if path.exists() else {}) | found
+    ordered = {name: known[name] for name in (*CASES, *OTHERS) if name in known}
+    results.mkdir(exist_ok=True)
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    path.with_suffix(".md").write_text(render(ordered))
 
 
 def _average(trained: Sequence[Trained]) -> Trained:

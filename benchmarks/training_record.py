@@ -8,19 +8,23 @@ from benchmarks.training_sides import PEER
 _INTRODUCTION = """# Training
 
 `python -m benchmarks.training`: see the docstring of that file for how both sides are kept alike,
-and what a token is. {machine}.
+and what a token is.
 """
 _HEAD = "| case | side | tokens an epoch | s an epoch | tokens/s | beside the peer | NDCG@10 |"
 
 
 def render(found: dict[str, Any]) -> str:
     """The whole record; a case that was not run is left out."""
-    parts = [_INTRODUCTION.format(machine=found["machine"])]
+    parts = [_INTRODUCTION]
     compared = {name: found[name] for name in CASES if name in found}
     if compared:
         parts.append(_render_compared(compared))
     renderers = {"scaling": _render_scaling, "loading": _render_loading, "gpu": _render_gpu}
-    parts += [renderers[name](found[name]) for name in renderers if name in found]
+    parts += [
+        f"{renderers[name](found[name])}\n{found[name]['machine']}.\n"
+        for name in renderers
+        if name in found
+    ]
     return "\n".join(parts)
 
 
@@ -36,6 +40,7 @@ def _render_compared(compared: dict[str, dict[str, Any]]) -> str:
         f"{some['dataset']}, {some['epochs']} epochs, {some['threads']} threads; seconds are the "
         "median epoch's, without validation.",
         *[f"{line}." for line in versions],
+        *[f"{name}: {case['machine']}." for name, case in compared.items()],
         "",
         _HEAD,
         "|" + "---|" * (_HEAD.count("|") - 1),

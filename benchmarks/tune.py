@@ -266,7 +266,10 @@ def _render_packing(part: Mapping[str, Any]) -> str:
         one = part[f"{at_once}_at_once"]
         rows.append((at_once, one["seconds"], *one["head_ms"].values()))
     header = ("trials at once", "seconds", "head's answer p50, ms", "p99", "max")
-    what = f"{part['trials']} trials of {part['epochs']} epochs on {NUM_CPUS} CPUs."
+    what = (
+        f"{part['trials']} trials of {part['epochs']} epochs on {part['users']:,} users, "
+        f"{NUM_CPUS} CPUs."
+    )
     return f"{what}\n\n" + _table(header, rows)
 
 

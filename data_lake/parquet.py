@@ -54,10 +54,12 @@ def read_files(
 
     The columns of the files only: the partition column is not among them. A column that a file does
     not have is null in its rows, and of type null where no file has it. Text columns named in
-    `dictionary` come as dictionary<int32, string>, one dictionary for all chunks.
+    `dictionary`, and lists of text, come as dictionary<int32, string>, one dictionary for all
+    chunks.
     """
     tables = [_read_file(uri, columns, options, dictionary) for uri in files]
-    rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    rows = pa.concat_tables(tables, promote_options="default")
+    rows = _with_codes(rows, dictionary).unify_dictionaries()
     return rows if columns is None else rows.select(list(columns))
 
 
@@ -104,30 +106,49 @@ def _read_file(
         file = pq.ParquetFile(
             stream,
             metadata=metadata,
-            read_dictionary=[name for name in dictionary if _is_text(there, name)],
+            read_dictionary=_text_leaves(metadata, there, dictionary),
             # From a store far away the columns come all at once.
             pre_buffer=not is_local(uri),
         )
         rows = file.read([name for name in columns or there.names if name in there.names])
-    rows = _with_plain_text(rows)
+    rows = _with_codes(_with_plain_text(rows), dictionary)
     for name in columns or ():
         if name not in there.names:
-            kind = _DICTIONARY if name in dictionary else pa.null()
-            rows = rows.append_column(name, pa.nulls(rows.num_rows, kind))
-    for name in dictionary:
-        if _is_text(rows.schema, name):
-            encoded = rows[name].dictionary_encode()
-            rows = rows.set_column(rows.schema.get_field_index(name), name, encoded)
+            rows = rows.append_column(name, pa.nulls(rows.num_rows))
     return rows
-
-
-def _is_text(schema: pa.Schema, name: str) -> bool:
-    return name in schema.names and pa.types.is_string(schema.field(name).type)
 
 
 def _with_plain_text(rows: pa.Table) -> pa.Table:
     """Text as `string`: files that Delta itself wrote have it of a type with few kernels."""
     return rows.cast(pa.schema([field.with_type(_plain_type(field.type)) for field in rows.schema]))
+
+
+def _text_leaves(metadata: pq.FileMetaData, schema: pa.Schema, names: Sequence[str]) -> list[str]:
+    """Paths of the named columns' values in the file, of those that Arrow can read as codes."""
+    kinds = {field.name: field.type for field in schema if field.name in names}
+    paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+    return [
+        path
+        for path in paths
+        for name, kind in kinds.items()
+        if path == name or path.startswith(f"{name}.list.")
+        if pa.types.is_string(kind.value_type if pa.types.is_list(kind) else kind)
+    ]
+
+
+def _with_codes(rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The named columns with codes in place of text, and of what is null throughout."""
+    fields = [
+        field.with_type(_code_type(field.type)) if field.name in names else field
+        for field in rows.schema
+    ]
+    return rows.cast(pa.schema(fields))
+
+
+def _code_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_code_type(kind.value_type))
+    return _DICTIONARY if pa.types.is_string(kind) or pa.types.is_null(kind) else kind
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

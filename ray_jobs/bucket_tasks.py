@@ -36,8 +36,7 @@ def count_bucket(
     Returns:
         Columns field, item_id, value and count; the field says which of the others are filled.
     """
-    columns = (*_COLUMNS, *map(list_column, fields))
-    sequences = read_files(batch["files"][0].as_py(), columns, options).combine_chunks()
+    sequences = _read(batch, fields, options)
     is_target_T = (
         targets.mark(_flatten(sequences, list_column(FIELD))) if targets.event_types else None
     )
@@ -77,9 +76,15 @@ def encode_bucket(
 ) -> pa.Table:
     """Sequences of one bucket, encoded: `TokenStore.to_arrow`."""
     fields = [name for name in context.config.categorical if name != "segment"]
-    columns = (*_COLUMNS, *map(list_column, fields))
-    sequences = read_files(batch["files"][0].as_py(), columns, options)
+    sequences = _read(batch, fields, options)
     return TokenStore.from_sequences(sequences, catalogue, context).to_arrow()
+
+
+def _read(batch: pa.Table, fields: list[str], options: dict[str, str]) -> pa.Table:
+    """The rows of a bucket in one chunk, with codes in place of text."""
+    lists = [list_column(name) for name in fields]
+    files, columns = batch["files"][0].as_py(), (*_COLUMNS, *lists)
+    return read_files(files, columns, options, dictionary=("segment", *lists)).combine_chunks()
 
 
 def _offsets(sequences: pa.Table) -> np.ndarray:

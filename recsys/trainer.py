@@ -22,6 +22,7 @@ from recsys.errors import OutOfMemoryError, TrainingError
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
+from recsys.out_of_memory import advise_less, is_out_of_memory
 from recsys.randomness import Purpose
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
@@ -34,8 +35,6 @@ from recsys.validation import Validation, sample_users
 from recsys.windows import Places
 
 log = logging.getLogger(__name__)
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TrainerConfig(BaseModel):
@@ -284,23 +283,13 @@ class Trainer:
         try:
             self._train_step(places)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            advice = advise_less(self.recipe.batch_size, self.config.micro_batches, self.world_size)
             raise OutOfMemoryError(
                 f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
-                f"{self.epoch + 1} ({_first_line(error)}); {self._advise_less()}."
+                f"{self.epoch + 1} ({_first_line(error)}); {advice}."
             ) from error
-
-    def _advise_less(self) -> str:
-        """The settings that halve the activations of a step."""
-        batch_size, parts = self.recipe.batch_size, 2 * self.config.micro_batches
-        smaller = f"lower batch_size to {max(1, batch_size // 2)} (now {batch_size})"
-        if batch_size < parts * self.world_size:
-            return f"{smaller}, or train a smaller model"
-        return (
-            f"raise trainer.micro_batches to {parts} (now {parts // 2}), which changes no result, "
-            f"or {smaller}"
-        )
 
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
@@ -408,13 +397,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
         precision = "bf16" if is_native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch's CPU allocator, which raises a plain RuntimeError, or of Python."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in _OUT_OF_MEMORY
-    )
 
 
 def _first_line(error: BaseException) -> str:

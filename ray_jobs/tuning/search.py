@@ -40,6 +40,7 @@ from ray_jobs.tuning.training import (
 )
 from ray_jobs.tuning.trials import Ending, Epoch, Trial, TrialLog, best_trial, busy_seconds
 from recsys.errors import OutOfMemoryError, RecsysError
+from recsys.out_of_memory import is_out_of_memory
 from recsys.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -215,9 +216,7 @@ def classify(error: BaseException) -> tuple[Ending, str]:
     """How a trial ended that raised this, and why, in one line."""
     chain = list(_causes(error))
     for one in chain:
-        if isinstance(one, OutOfMemoryError | RayOutOfMemoryError | torch.OutOfMemoryError):
-            return "out-of-memory", _first_line(one)
-        if isinstance(one, MemoryError) or "can't allocate memory" in str(one):
+        if isinstance(one, OutOfMemoryError | RayOutOfMemoryError) or is_out_of_memory(one):
             return "out-of-memory", _first_line(one)
     if any(isinstance(one, RayActorError) for one in chain):
         return "lost", _first_line(chain[-1])

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import published, training, training_gpu, training_ray, training_sides
 from benchmarks.published import Events, read_dataset
-from benchmarks.training import choose_cases, compare_sides, make_parser, summarise
+from benchmarks.training import choose_cases, compare_sides, make_parser, record, summarise
 from benchmarks.training_cases import CASES, Case, find_case, peer_options
 from benchmarks.training_gpu import Work, count_work, measure_epoch, training_flops
 from benchmarks.training_ray import QUICK, Size, draw_sequences, measure_loading, measure_scaling
@@ -126,7 +126,7 @@ def test_several_trainings_count_by_their_median_and_mean():
 def test_without_the_peer_there_is_no_ratio():
     found = compare_sides("bert4rec", {"ours": [_OURS]})
     assert [found[key] for key in ("peer_tokens_per_s", "ratio", "peer_ndcg10")] == [None] * 3
-    assert "not measured" in render({"machine": "here", "bert4rec": _with_plan(found)})
+    assert "not measured" in render({"bert4rec": _with_plan(found)})
 
 
 def test_the_last_line_names_what_was_asked():
@@ -148,23 +148,28 @@ def test_the_record_shows_each_side_and_what_was_not_measured():
     workers = [{"workers": 1, "epoch_s": 61.0, "tokens_per_s": 70_000, "start_s": 12.0}]
     text = render(
         {
-            "machine": "2 cores",
             "sasrec": _with_plan(compare_sides("s", {"ours": [_OURS], PEER: [_PEERS]})),
             "scaling": {
+                "machine": "4 cores",
                 "recipe": "bert4rec",
                 "users": 10,
                 "plain_epoch_s": 60.0,
                 "workers": workers,
                 "overhead": 1 / 60,
             },
-            "loading": {"users": 1_000_000, "seconds": 9.0, "stages": {"tokens": 4.0}},
-            "gpu": training_gpu.NOT_MEASURED,
+            "loading": {
+                "machine": "8 cores",
+                "users": 1_000_000,
+                "seconds": 9.0,
+                "stages": {"tokens": 4.0},
+            },
+            "gpu": {"machine": "2 cores", **training_gpu.NOT_MEASURED},
         }
     )
     assert "| sasrec | ours | 1,000 | 10.0 | 100 | 4.00 | 0.1200 |" in text
     assert f"| sasrec | {PEER} | 300 | 12.0 | 25 | 1.00 | 0.1000 |" in text
     assert "one worker takes +1.7%" in text
-    assert "| 1 | 61.0 | 70,000 | 12.0 |" in text
+    assert "| 1 | 61.0 | 70,000 | 12.0 |\n\n4 cores.\n" in text
     assert "1,000,000 users to the first batch: 9.0 s (tokens 4.0 s)" in text
     assert "Not measured: PyTorch finds no CUDA device" in text
 
@@ -224,15 +229,28 @@ def test_a_quick_run_prints_one_object_and_records_nothing(circle, monkeypatch, 
 
 
 def test_a_full_run_is_recorded(monkeypatch, tmp_path, capsys):
-    found = {"bert4rec": _with_plan(compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]}))}
+    found = _with_plan(compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]}))
     monkeypatch.setattr(training, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(training, "measure_cases", lambda _: found)
+    monkeypatch.setattr(training, "measure_cases", lambda _: iter([("bert4rec", found)]))
     monkeypatch.setattr(sys, "argv", ["training", "--peers-env", str(tmp_path)])
     training.main()
     kept = json.loads((tmp_path / "results/training.json").read_text())
-    assert kept["bert4rec"] == found["bert4rec"]
+    assert kept["bert4rec"] == found
     assert "| bert4rec | ours |" in (tmp_path / "results/training.md").read_text()
-    assert json.loads(capsys.readouterr().out)["bert4rec"]["ratio"] == 4.0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bert4rec"]["ratio"] == 4.0
+
+
+def test_cases_that_were_not_measured_again_stay_in_the_record(tmp_path):
+    old = _with_plan(compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]}))
+    loading = {"users": 10, "seconds": 9.0, "stages": {}, "machine": "2 cores"}
+    record({"loading": loading, "bert4rec": old}, tmp_path)
+    record({"loading": loading | {"seconds": 8.0}}, tmp_path)
+    kept = json.loads((tmp_path / "training.json").read_text())
+    assert list(kept) == ["bert4rec", "loading"]
+    assert (kept["bert4rec"], kept["loading"]["seconds"]) == (old, 8.0)
+    text = (tmp_path / "training.md").read_text()
+    assert "first batch: 8.0 s" in text
+    assert "| bert4rec | ours |" in text
 
 
 def test_work_is_counted_window_by_window():
@@ -275,7 +293,7 @@ def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
         "tokens_per_s": 95,
         "start_s": 12.3,
     }
-    assert "one worker takes +5.0%" in render({"machine": "2 cores", "scaling": found})
+    assert "one worker takes +5.0%" in render({"scaling": {"machine": "2 cores", **found}})
 
 
 @pytest.mark.long
@@ -289,4 +307,4 @@ def test_ray_is_measured_in_processes_of_its_own():
 
 def _with_plan(found):
     plan = {"peer_block": "pre-norm", "dataset": "ml-1m.txt", "epochs": 3, "threads": 2}
-    return found | plan
+    return {"machine": "2 cores", **found, **plan}

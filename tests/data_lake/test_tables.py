@@ -369,6 +369,23 @@ def test_columns_of_any_writer_are_read_as_codes(lake):
     assert all(found.equals(dictionaries[0]) for found in dictionaries)
 
 
+def test_lists_of_text_are_read_as_codes(lake):
+    devices = [[["app", "web"], [None, "app"]], [["tv"], []]]
+    parts = [
+        write_part(lake, "sequences", pa.table({"user_id": users, "devices": lists}), 0)
+        for users, lists in zip([["a", "b"], ["c", "d"]], devices, strict=True)
+    ]
+    parts.append(write_part(lake, "sequences", pa.table({"user_id": ["e"]}), 0))
+    files = [f"{table_uri(lake, 'sequences')}/{part.path}" for part in parts]
+    rows = read_files(files, ["user_id", "devices"], dictionary=["devices"])
+    assert rows.schema.field("devices").type.value_type == pa.dictionary(pa.int32(), pa.string())
+    assert rows["devices"].to_pylist() == [*devices[0], *devices[1], None]
+    values = rows.combine_chunks()["devices"].chunk(0).flatten()
+    assert values.to_pylist() == ["app", "web", None, "app", "tv"]
+    missing = read_files(files[2:], ["user_id", "devices"], dictionary=["devices"])["devices"]
+    assert missing.null_count == 1
+
+
 def test_text_of_any_writer_is_read_as_text(lake):
     table = create_users(lake, num_buckets=1)
     commit_parts(table, [write_part(lake, "users", some_users(1), 0)])

@@ -34,9 +34,10 @@ def test_a_missing_column_is_unknown_throughout():
 
 
 def test_dictionary_columns_are_read_like_strings():
-    columns = {"device": pa.array(["app"]).dictionary_encode()}
-    times = np.zeros(1, np.int64)
-    assert make_encoder().encode(times, times, columns).tolist() == [[2]]
+    columns = {"device": pa.array(["app", None, "tv", "web", "app"]).dictionary_encode()}
+    times = np.zeros(5, np.int64)
+    codes = make_encoder().encode(times, times, columns)[:, 0]
+    assert codes.tolist() == [2, UNKNOWN, UNKNOWN, 1, 2]
 
 
 def test_at_most_254_values_are_known():

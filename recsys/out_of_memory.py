@@ -1,0 +1,24 @@
+"""Failures for want of memory, told apart from others, and what a training can do about them."""
+
+import torch
+
+_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch's CPU allocator, which raises a plain RuntimeError, or of Python."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in _WORDS
+    )
+
+
+def advise_less(batch_size: int, micro_batches: int, world_size: int) -> str:
+    """The settings that halve the activations of a step, for the end of a sentence."""
+    parts = 2 * micro_batches
+    smaller = f"lower batch_size to {max(1, batch_size // 2)} (now {batch_size})"
+    if batch_size < parts * world_size:
+        return f"{smaller}, or train a smaller model"
+    return (
+        f"raise trainer.micro_batches to {parts} (now {micro_batches}), which changes no result, "
+        f"or {smaller}"
+    )
