@@ -421,7 +421,7 @@ def draw_parallel(
     axes.set_xticks(range(len(scales)), [*names, "NDCG@10"], parse_math=False)
     axes.set_yticks([])
     axes.set_ylim(-0.22, 1.08)
-    _style(axes, "Values of each trial; the darker, the better")
+    _style(axes, "Values of each trial; the darker, the better; at the foot: takes no part")
     return figure
 
 
