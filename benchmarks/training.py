@@ -7,11 +7,10 @@
 bert4rec, sasrec: the same architecture, width, layers, heads, length, dropout, batch, learning
 rate, loss and share of masks on both sides, as many epochs, on the same training events of
 MovieLens-1M (`ml-1m.txt` below NEXTITEM_DATA, leave-one-out). In sasrec RecTools is given the block
-that ours has too; sasrec-own-block leaves it its own, which multiplies less. Optimisers are their
-own: ours warms up and decays its rate, RecTools keeps it. Each side is a process of its own, one
-after the other, with `--threads` threads and the same torch. Ours trains in bf16 where the CPU
-multiplies it (`precision = "auto"`) and, for comparison, in fp32; RecTools trains in fp32, as it
-comes.
+that ours has too; sasrec-own-block leaves it its own, which multiplies less. The rate is constant
+on both sides; ours clips gradients. Each side is a process of its own, one after the other, with
+`--threads` threads and the same torch. Ours trains in bf16 where the CPU multiplies it (`precision
+= "auto"`) and, for comparison, in fp32; RecTools trains in fp32, as it comes.
 
 A token is a training event that a side feeds, padding left out: tokens/s are the tokens of an epoch
 over the seconds of that epoch, without validation and set-up (RecTools: between Lightning's

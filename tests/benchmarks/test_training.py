@@ -29,6 +29,7 @@ from benchmarks.training_sides import (
 from recsys.context import NO_TIME
 from recsys.metrics import mean_accuracy
 from recsys.model_config import ModelConfig
+from recsys.optimiser import scheduled_rate
 from recsys.recipe import read_recipe
 
 _OURS = Trained(1_000, 10.0, 100.0, 0.12, "torch 1")
@@ -57,7 +58,8 @@ def test_both_sides_have_the_same_sizes(name):
     assert options["session_max_len"] == recipe.model.max_len
     assert options["dropout_rate"] == recipe.model.dropout
     assert options["batch_size"] == recipe.batch_size
-    assert options["lr"] == recipe.optimiser.learning_rate
+    rates = {scheduled_rate(recipe.optimiser, step, 100) for step in (0, 50, 99)}
+    assert rates == {options["lr"]}
     assert options.get("mask_prob", 0.2) == recipe.objective.mask_prob
     assert ("mask_prob" in options) == (recipe.model.attention == "bidirectional")
 
