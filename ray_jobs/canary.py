@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from data_lake.tables import open_table
-from ray_jobs.canary_rules import Look, Verdict, decide, look_at
-from ray_jobs.canary_state import Watch, open_watch, write_watch
 from ray_jobs.config import PipelineConfig
 from ray_jobs.experiment import gather, list_log, newest_event_us
 from ray_jobs.job import Report, connected, main, timed
 from ray_jobs.job_metrics import JobMetrics
-from ray_jobs.visitors import Period
+from ray_jobs.online.canary_rules import Look, Verdict, decide, look_at
+from ray_jobs.online.canary_state import Watch, open_watch, write_watch
+from ray_jobs.online.visitors import Period
 from recsys.attribution import NOTHING, Tally
 from recsys.errors import ArtifactError
 from recsys.registry import end_canary, promote, read_serving, record_decision

@@ -22,7 +22,7 @@ from ray_jobs.code_version import code_version
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
-from ray_jobs.new_weeks import count_lake_rows
+from ray_jobs.retraining.new_weeks import count_lake_rows
 from ray_jobs.runs import EXPORT, FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.artifact import ATTRIBUTES, publish, read_manifest

@@ -24,10 +24,14 @@ from typing import Any
 from data_lake.tables import open_table, table_exists
 from data_lake.weeks import Weeks
 from ray_jobs import build_sequences, evaluate, export, ingest, train
-from ray_jobs.challenge import compare_with_champion, time_against_champion
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
-from ray_jobs.gates import (
+from ray_jobs.job import Report, main, timed
+from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.locks import held
+from ray_jobs.publish import publish_run
+from ray_jobs.retraining.challenge import compare_with_champion, time_against_champion
+from ray_jobs.retraining.gates import (
     Verdict,
     check_baselines,
     check_data,
@@ -35,13 +39,9 @@ from ray_jobs.gates import (
     check_gain,
     check_latency,
 )
-from ray_jobs.job import Report, main, timed
-from ray_jobs.job_metrics import JobMetrics
-from ray_jobs.locks import held
-from ray_jobs.new_weeks import count_lake_rows, measure_weeks
-from ray_jobs.publish import publish_run
-from ray_jobs.retrain_report import write_retrain_report
-from ray_jobs.retrain_state import (
+from ray_jobs.retraining.new_weeks import count_lake_rows, measure_weeks
+from ray_jobs.retraining.report import write_retrain_report
+from ray_jobs.retraining.state import (
     Done,
     State,
     read_state,

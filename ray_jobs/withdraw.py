@@ -32,7 +32,7 @@ from ray_jobs.config import PipelineConfig, WithdrawConfig, expand
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.maintain import run_on_cluster
-from ray_jobs.retrain_state import State, read_state, retrains_folder
+from ray_jobs.retraining.state import State, read_state, retrains_folder
 
 _MAX_LISTED = 50
 

@@ -127,11 +127,13 @@ class ContextEncoder:
 
     def _encode_values(self, name: str, values: pa.Array) -> np.ndarray:
         if pa.types.is_dictionary(values.type):
-            codes_V = np.append(self._encode_values(name, values.dictionary), UNKNOWN)
-            places = pc.fill_null(values.indices, len(values.dictionary))
-            return codes_V.astype(np.uint8)[places.to_numpy(zero_copy_only=False)]
+            known_V = self._encode_values(name, values.dictionary)
+            codes_V = np.append(known_V, UNKNOWN).astype(np.uint8)
+            places_T = pc.fill_null(values.indices, len(values.dictionary))
+            codes_T: np.ndarray = codes_V[places_T.to_numpy(zero_copy_only=False)]
+            return codes_T
         codes = pc.index_in(values, pa.array(self.vocabularies[name], pa.string()))
-        codes_T: np.ndarray = pc.fill_null(pc.add(codes, 1), UNKNOWN).to_numpy(zero_copy_only=False)
+        codes_T = pc.fill_null(pc.add(codes, 1), UNKNOWN).to_numpy(zero_copy_only=False)
         return codes_T
 
     def write(self, path: Path) -> None:

@@ -17,7 +17,7 @@ from benchmarks.canary import (
     sum_clicks,
     sum_degraded,
 )
-from ray_jobs.canary_rules import decide, look_at
+from ray_jobs.online.canary_rules import decide, look_at
 from recsys.attribution import Tally
 from recsys.experiment import COLUMNS, DEGRADED, METRICS, Moments
 from recsys.sequential import Sums

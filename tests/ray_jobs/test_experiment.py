@@ -16,8 +16,8 @@ from ray_jobs import experiment
 from ray_jobs.config import ExperimentConfig, PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.experiment import Arms, find_arms, judge, list_log, newest_event_us
-from ray_jobs.experiment_report import describe, write_experiment
-from ray_jobs.visitors import Period
+from ray_jobs.online.experiment_report import describe, write_experiment
+from ray_jobs.online.visitors import Period
 from recsys.artifact import MANIFEST
 from recsys.attribution import Tally
 from recsys.experiment import Moments

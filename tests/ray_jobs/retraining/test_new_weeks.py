@@ -10,7 +10,7 @@ from data_lake.buckets import bucket_of
 from data_lake.schemas import TIMESTAMP, events_schema, items_schema, quarantine_schema
 from data_lake.tables import commit_parts, create_table, upsert, write_part
 from data_lake.weeks import Weeks, add_counts, count_bucket, describe_weeks
-from ray_jobs.new_weeks import count_lake_rows, find_leaders, measure_weeks
+from ray_jobs.retraining.new_weeks import count_lake_rows, find_leaders, measure_weeks
 from recsys.catalogue import Catalogue
 from tests.ray_jobs.conftest import tiny_config
 

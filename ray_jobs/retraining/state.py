@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_jobs.config import PipelineConfig, expand
 from ray_jobs.errors import JobError
-from ray_jobs.gates import Verdict
+from ray_jobs.retraining.gates import Verdict
 
 _STATE = "state.json"
 

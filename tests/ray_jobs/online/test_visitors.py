@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs.visitors import Period, first_shown, load_events, load_lists, tally_group
+from ray_jobs.online.visitors import Period, first_shown, load_events, load_lists, tally_group
 from recsys.attribution import CLICK, OTHER, PURCHASE
 from serve_app.exposures import SCHEMA
 

@@ -5,7 +5,8 @@ import pytest
 from data_lake.weeks import WeekFigures
 from ray_jobs.config import RetrainConfig
 from ray_jobs.errors import ConfigError
-from ray_jobs.gates import (
+from ray_jobs.job import load_config
+from ray_jobs.retraining.gates import (
     check_agreement,
     check_baselines,
     check_data,
@@ -17,7 +18,6 @@ from ray_jobs.gates import (
     check_unknown_items,
     check_volume,
 )
-from ray_jobs.job import load_config
 
 LIMITS = RetrainConfig()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_jobs.document import Block, Details, Heading, Picture, Table, Text, write_document
-from ray_jobs.gates import Verdict
 from ray_jobs.plots import draw_against, to_svg
-from ray_jobs.retrain_state import State
+from ray_jobs.retraining.gates import Verdict
+from ray_jobs.retraining.state import State
 
 _REMEDY = (
     "Nothing was trained. If the week is right after all, begin anew under another retrain.name "
