@@ -24,6 +24,7 @@ NO_TIME = np.iinfo(np.int64).min
 TimeField = Literal["hour", "weekday", "gap"]
 _TIME_SIZES: dict[str, int] = {"hour": 25, "weekday": 8, "gap": 32}
 _MAX_CATEGORIES = 254
+_TIMES_AT_ONCE = 2**16  # what is in between stays in the cache
 _NOT_KNOWN_AT_REQUEST = frozenset({"event_type"})
 
 
@@ -128,13 +129,13 @@ class ContextEncoder:
     def _encode_values(self, name: str, values: pa.Array) -> np.ndarray:
         if pa.types.is_dictionary(values.type):
             known_V = self._encode_values(name, values.dictionary)
-            codes_V = np.append(known_V, UNKNOWN).astype(np.uint8)
-            places_T = pc.fill_null(values.indices, len(values.dictionary))
-            codes_T: np.ndarray = codes_V[places_T.to_numpy(zero_copy_only=False)]
+            places = pc.fill_null(values.indices, len(known_V))
+            places_T = places.to_numpy(zero_copy_only=False)
+            codes_T: np.ndarray = np.append(known_V, UNKNOWN).astype(np.uint8)[places_T]
             return codes_T
-        codes = pc.index_in(values, pa.array(self.vocabularies[name], pa.string()))
-        codes_T = pc.fill_null(pc.add(codes, 1), UNKNOWN).to_numpy(zero_copy_only=False)
-        return codes_T
+        found = pc.index_in(values, pa.array(self.vocabularies[name], pa.string()))
+        codes: np.ndarray = pc.fill_null(pc.add(found, 1), UNKNOWN).to_numpy(zero_copy_only=False)
+        return codes
 
     def write(self, path: Path) -> None:
         content = {"config": self.config.model_dump(mode="json"), "vocabularies": self.vocabularies}
@@ -151,15 +152,17 @@ def count_seconds(timestamps_us: np.ndarray) -> np.ndarray:
     """Seconds from the first of the times, which is 1, int32; 0 stands for a missing time, and what
     is later than 68 years counts as that.
     """
-    is_known = timestamps_us != NO_TIME
-    known_us = timestamps_us[is_known]
-    seconds = np.zeros(timestamps_us.shape, np.int32)
-    if len(known_us):
-        known_us -= known_us.min()
-        known_us //= 1_000_000
-        np.minimum(known_us, 2**31 - 2, out=known_us)
-        seconds[is_known] = known_us + 1
-    return seconds
+    times_T = timestamps_us.reshape(-1)
+    is_known_T = times_T != NO_TIME
+    first_us = times_T.min(where=is_known_T, initial=np.iinfo(np.int64).max)
+    seconds_T = np.zeros(times_T.shape, np.int32)
+    for start in range(0, len(times_T), _TIMES_AT_ONCE):
+        part = slice(start, start + _TIMES_AT_ONCE)
+        after = times_T[part] - first_us
+        after //= 1_000_000
+        np.minimum(after, 2**31 - 2, out=after)
+        seconds_T[part] = (after + 1) * is_known_T[part]
+    return seconds_T.reshape(timestamps_us.shape)
 
 
 def _encode_time(

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.context import NO_TIME, UNKNOWN, ContextConfig, ContextEncoder
+from recsys.context import NO_TIME, UNKNOWN, ContextConfig, ContextEncoder, count_seconds
 
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
@@ -38,6 +38,31 @@ def test_dictionary_columns_are_read_like_strings():
     times = np.zeros(5, np.int64)
     codes = make_encoder().encode(times, times, columns)[:, 0]
     assert codes.tolist() == [2, UNKNOWN, UNKNOWN, 1, 2]
+
+
+def test_seconds_count_from_the_first_time():
+    times = np.array([[5_000_000, NO_TIME], [4_000_001, 7_900_000]])
+    assert count_seconds(times).tolist() == [[1, 0], [1, 4]]
+    assert count_seconds(np.array([-3_000_000, 0])).tolist() == [1, 4]
+
+
+def test_no_time_at_all_is_no_seconds():
+    assert count_seconds(np.full(3, NO_TIME)).tolist() == [0, 0, 0]
+    assert count_seconds(np.zeros(0, np.int64)).tolist() == []
+
+
+def test_what_is_later_than_68_years_counts_as_that():
+    times = np.array([0, 100 * 365 * 86_400 * 1_000_000])
+    assert count_seconds(times).tolist() == [1, 2**31 - 1]
+
+
+def test_seconds_of_many_times_are_those_of_each():
+    times = 1_000_000 * np.arange(200_000)[::-1] + 10**15
+    times[::3] = NO_TIME
+    seconds = count_seconds(times)
+    known = times != NO_TIME
+    assert (seconds[~known] == 0).all()
+    assert (seconds[known] == 1 + (times[known] - times[known].min()) // 1_000_000).all()
 
 
 def test_at_most_254_values_are_known():
