@@ -99,11 +99,13 @@ def learn_vocabulary(
         },
     )
     counts = pa.concat_tables(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
-    counts = counts.group_by(["field", "item_id", "value"]).aggregate(
-        [("count", "sum"), ("count", "max")]
+    is_of_item = pc.equal(counts["field"], "item_id")
+    of_items = counts.filter(is_of_item).group_by("item_id").aggregate([("count", "sum")])
+    counts = (
+        counts.filter(pc.invert(is_of_item))
+        .group_by(["field", "value"])
+        .aggregate([("count", "sum"), ("count", "max")])
     )
-
-    of_items = counts.filter(pc.equal(counts["field"], "item_id"))
     items, attributes = _open_items(config, items_version), config.train.attributes
     catalogue = Catalogue.build(
         of_items["item_id"].combine_chunks(),
