@@ -284,16 +284,24 @@ def test_drawn_sequences_have_the_size_that_was_asked():
 
 
 def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
-    plain = {"epoch_s": [59.0, 60.0, 70.0], "tokens_per_s": 100.0}
-    worker = {"epoch_s": [63.0, 63.0, 80.0], "tokens_per_s": 95.0, "start_s": 12.3}
-    monkeypatch.setattr(training_ray, "_ask", lambda what, *_: plain if what == "plain" else worker)
+    asked = []
+
+    def answer(what, _, num_workers):
+        asked.append((what, num_workers))
+        if what == "plain":
+            return {"epoch_s": [59.0, 60.0, 70.0], "tokens_per_s": [100.0] * 3}
+        start_s = 12.3 if asked.count(("workers", 1)) < 2 else 14.3
+        return {"epoch_s": [63.0, 63.0, 80.0], "tokens_per_s": [95.0] * 3, "start_s": [start_s]}
+
+    monkeypatch.setattr(training_ray, "_ask", answer)
     found = measure_scaling(QUICK)
+    assert asked == [*2 * [("plain", 1), ("workers", 1)], ("workers", 2), ("workers", 4)]
     assert found["overhead"] == 0.05
     assert found["workers"][0] == {
         "workers": 1,
         "epoch_s": 63.0,
         "tokens_per_s": 95,
-        "start_s": 12.3,
+        "start_s": 13.3,
     }
     assert "one worker takes +5.0%" in render({"scaling": {"machine": "2 cores", **found}})
 
