@@ -3,6 +3,8 @@
 Nothing here imports torch: a worker of Ray Data that has just been started begins seconds earlier.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,7 @@ from recsys.targets import FIELD, TargetsConfig
 from recsys.tokens import TokenStore, list_column
 
 _COLUMNS = ("user_id", "segment", "item_ids", "timestamps")
+_BUCKETS_AT_ONCE = 16
 
 
 def count_bucket(
@@ -71,6 +74,24 @@ def count_bucket(
     return pa.concat_tables([_with_schema(part, schema) for part in parts])
 
 
+def add_up_counts(counted: Iterable[pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """Counts of all buckets, of which a few are held at a time.
+
+    Returns:
+        Columns item_id and count; and columns field, value, count_sum and count_max of all else.
+    """
+    of_items: list[pa.Table] = []
+    of_others: list[pa.Table] = []
+    for table in counted:
+        is_of_item = pc.equal(table["field"], "item_id")
+        of_items.append(table.filter(is_of_item).select(["item_id", "count"]))
+        of_others.append(table.filter(pc.invert(is_of_item)))
+        if len(of_items) == _BUCKETS_AT_ONCE:
+            of_items = [_add_up_items(of_items)]
+    others = pa.concat_tables(of_others).group_by(["field", "value"])
+    return _add_up_items(of_items), others.aggregate([("count", "sum"), ("count", "max")])
+
+
 def encode_bucket(
     batch: pa.Table, *, catalogue: Catalogue, context: ContextEncoder, options: dict[str, str]
 ) -> pa.Table:
@@ -78,6 +99,11 @@ def encode_bucket(
     fields = [name for name in context.config.categorical if name != "segment"]
     sequences = _read(batch, fields, options)
     return TokenStore.from_sequences(sequences, catalogue, context).to_arrow()
+
+
+def _add_up_items(tables: list[pa.Table]) -> pa.Table:
+    sums = pa.concat_tables(tables).group_by("item_id").aggregate([("count", "sum")])
+    return sums.rename_columns(["item_id", "count"])
 
 
 def _read(batch: pa.Table, fields: list[str], options: dict[str, str]) -> pa.Table:

@@ -16,7 +16,7 @@ from data_lake.tables import (
     read_table,
     table_exists,
 )
-from ray_jobs.bucket_tasks import count_bucket, encode_bucket
+from ray_jobs.bucket_tasks import add_up_counts, count_bucket, encode_bucket
 from ray_jobs.config import PipelineConfig
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
@@ -98,18 +98,11 @@ def learn_vocabulary(
             "options": config.storage.options,
         },
     )
-    counts = pa.concat_tables(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
-    is_of_item = pc.equal(counts["field"], "item_id")
-    of_items = counts.filter(is_of_item).group_by("item_id").aggregate([("count", "sum")])
-    counts = (
-        counts.filter(pc.invert(is_of_item))
-        .group_by(["field", "value"])
-        .aggregate([("count", "sum"), ("count", "max")])
-    )
+    of_items, counts = add_up_counts(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
     items, attributes = _open_items(config, items_version), config.train.attributes
     catalogue = Catalogue.build(
         of_items["item_id"].combine_chunks(),
-        of_items["count_sum"].to_numpy(),
+        of_items["count"].to_numpy(),
         None if items is None else read_table(items),
         with_unseen=bool(attributes.fields),
     )

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_lake.schemas import sequences_schema
-from ray_jobs.bucket_tasks import count_bucket
+from ray_jobs.bucket_tasks import add_up_counts, count_bucket
 from ray_jobs.config import TrainConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
@@ -79,6 +79,30 @@ def test_counts_agree_with_the_split_that_trains(tmp_path, event_types):
     )
     assert counts["trained_until_us"] == {None: store.timestamps_T[is_training_T].max()}
     assert 0 < counts["users"]["validated"] < len(sequences)
+
+
+def test_counts_of_many_buckets_add_up():
+    tables = [
+        pa.table(
+            {
+                "field": ["item_id", "item_id", "users", "trained_until_us"],
+                "item_id": [number % 3, 99, None, None],
+                "value": [None, None, "trainable", None],
+                "count": [number, 1, 2, 1_000 - number],
+            }
+        )
+        for number in range(40)
+    ]
+    of_items, others = add_up_counts(iter(tables))
+    assert dict(zip(*of_items.to_pydict().values(), strict=True)) == {
+        0: sum(range(0, 40, 3)),
+        1: sum(range(1, 40, 3)),
+        2: sum(range(2, 40, 3)),
+        99: 40,
+    }
+    sums, ends = others.sort_by([("field", "descending")]).to_pylist()
+    assert (sums["field"], sums["value"], sums["count_sum"]) == ("users", "trainable", 80)
+    assert (ends["field"], ends["count_max"]) == ("trained_until_us", 1_000)
 
 
 def test_only_users_with_a_new_training_event_can_be_trained_on(tmp_path):
