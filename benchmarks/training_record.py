@@ -67,7 +67,8 @@ def _sides(case: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _render_scaling(found: dict[str, Any]) -> str:
     rows = [
-        f"| {of['workers']} | {of['epoch_s']:.1f} | {of['tokens_per_s']:,} | {of['start_s']:.1f} |"
+        f"| {of['workers']} | {of['epoch_s']:.1f} | {of['tokens_per_s']:,} "
+        f"| {'not measured' if of['start_s'] is None else of['start_s']} |"
         for of in found["workers"]
     ]
     lines = [

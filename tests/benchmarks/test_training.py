@@ -147,7 +147,10 @@ def test_the_last_line_names_what_was_asked():
 
 
 def test_the_record_shows_each_side_and_what_was_not_measured():
-    workers = [{"workers": 1, "epoch_s": 61.0, "tokens_per_s": 70_000, "start_s": 12.0}]
+    workers = [
+        {"workers": 1, "epoch_s": 61.0, "tokens_per_s": 70_000, "start_s": 12.0},
+        {"workers": 2, "epoch_s": 40.0, "tokens_per_s": 99_000, "start_s": None},
+    ]
     text = render(
         {
             "sasrec": _with_plan(compare_sides("s", {"ours": [_OURS], PEER: [_PEERS]})),
@@ -171,7 +174,8 @@ def test_the_record_shows_each_side_and_what_was_not_measured():
     assert "| sasrec | ours | 1,000 | 10.0 | 100 | 4.00 | 0.1200 |" in text
     assert f"| sasrec | {PEER} | 300 | 12.0 | 25 | 1.00 | 0.1000 |" in text
     assert "one worker takes +1.7%" in text
-    assert "| 1 | 61.0 | 70,000 | 12.0 |\n\n4 cores.\n" in text
+    assert "| 1 | 61.0 | 70,000 | 12.0 |\n" in text
+    assert "| 2 | 40.0 | 99,000 | not measured |\n\n4 cores.\n" in text
     assert "1,000,000 users to the first batch: 9.0 s (tokens 4.0 s)" in text
     assert "Not measured: PyTorch finds no CUDA device" in text
 
