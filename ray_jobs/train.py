@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.data
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
+    ControllerError,
     DataConfig,
     FailureConfig,
     LoggingConfig,
@@ -31,6 +31,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from data_lake.storage import locate
+from ray_jobs.cluster_size import present, reachable, refuse_absent_accelerator
 from ray_jobs.code_version import code_version
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
@@ -169,9 +170,13 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
+        # What fails beside the workers, such as writing the history, is not tried again.
+        tries = (
+            "" if isinstance(error, ControllerError) else f" after {config.max_failures} retries"
+        )
         raise JobError(
-            f"Training stopped after {config.max_failures} retries: {_find_reason(error)} "
-            f"Start it again with train.name={folder.name} to go on from its last checkpoint."
+            f"Training stopped{tries}: {_find_reason(error)} Start it again with "
+            f"train.name={folder.name} to go on from its last checkpoint."
         ) from error
     if "refused" in result.return_value:
         raise TrainingError(result.return_value["refused"])
@@ -287,8 +292,8 @@ def _run_folder(config: PipelineConfig) -> Path:
 
 
 def _scaling(config: PipelineConfig) -> Scaling:
-    train, has = config.train, ray.cluster_resources()
-    num_cpus, num_gpus = has.get("CPU", 0), int(has.get("GPU", 0))
+    train = config.train
+    num_cpus, num_gpus = reachable("CPU"), int(reachable("GPU"))
     use_gpu = train.device == "gpu" or (train.device == "auto" and num_gpus > 0)
     num_workers = (
         min(train.num_workers, num_gpus)
@@ -311,12 +316,25 @@ def _scaling(config: PipelineConfig) -> Scaling:
             f"train.device is 'gpu' but the cluster has {num_gpus} GPUs for {least} "
             "workers; lower train.num_workers or set train.device to 'auto'."
         )
+    if train.accelerator_type is not None:
+        refuse_absent_accelerator(train.accelerator_type)
+    needed = {"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    _say_what_is_awaited(least, needed)
     return Scaling(
         num_workers=num_workers if least == num_workers else (least, num_workers),
         use_gpu=use_gpu,
         accelerator_type=train.accelerator_type,
-        resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        resources_per_worker=needed,
     )
+
+
+def _say_what_is_awaited(least: int, needed: dict[str, float]) -> None:
+    for resource, each in needed.items():
+        if present(resource) < least * each:
+            log.warning(
+                "Training begins when the cluster has grown: it has %g %ss, %d workers need %g.",
+                *(present(resource), resource, least, least * each),
+            )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.data
 import ray.tune
 import torch
@@ -26,6 +25,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search import Searcher as RaySearcher
 
+from ray_jobs.cluster_size import reachable
 from ray_jobs.errors import JobError
 from ray_jobs.tuning.asha import OBJECTIVE, make_scheduler
 from ray_jobs.tuning.searchers import Proposal, Searcher
@@ -109,14 +109,15 @@ def num_concurrent(task: SearchTask) -> int:
 
     Raises: JobError when not even one fits.
     """
-    tune, has = task.config.tune, ray.cluster_resources()
-    fits = int(has.get("CPU", 0) / tune.cpus_per_trial + 1e-6)
+    tune = task.config.tune
+    num_cpus, num_gpus = reachable("CPU"), reachable("GPU")
+    fits = int(num_cpus / tune.cpus_per_trial + 1e-6)
     if tune.gpus_per_trial:
-        fits = min(fits, int(has.get("GPU", 0) / tune.gpus_per_trial + 1e-6))
+        fits = min(fits, int(num_gpus / tune.gpus_per_trial + 1e-6))
     if fits < 1:
         raise JobError(
             f"A trial of {tune.cpus_per_trial:g} CPUs and {tune.gpus_per_trial:g} GPUs does not "
-            f"fit into the cluster's {has.get('CPU', 0):g} and {has.get('GPU', 0):g}; lower "
+            f"fit into the cluster's {num_cpus:g} and {num_gpus:g}; lower "
             "tune.cpus_per_trial or tune.gpus_per_trial."
         )
     return fits if tune.max_concurrent is None else min(fits, tune.max_concurrent)

@@ -102,7 +102,11 @@ def test_the_cluster_of_ray_up_fits_the_schema_of_ray():
     assert config["head_node_type"] in types
     assert types["a100"]["resources"] == {"CPU": 96, "GPU": 8, "accelerator_type:A100": 1}
     assert sum(kind["max_workers"] for kind in types.values()) <= config["max_workers"]
-    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    options = config["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in options
+    for name in ("CPU", "GPU"):
+        most = sum(kind["max_workers"] * kind["resources"].get(name, 0) for kind in types.values())
+        assert f"--env NEXTITEM_CLUSTER_{name}S={most}" in options
     for local in config["file_mounts"].values():
         assert local.startswith("~") or (ROOT / local).exists()
 
@@ -265,6 +269,18 @@ def test_nodes_on_kubernetes_have_the_variables_of_every_other_node():
     assert environment_of("a100").items() >= FAST.items()
     script = environment_of("a100")["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert (ROOT / script.removeprefix("/opt/nextitem/")).exists()
+
+
+@in_every_overlay
+def test_jobs_know_how_far_their_cluster_grows(overlay):
+    cluster, most = find(render(overlay), "RayCluster", "nextitem-jobs"), {"CPU": 0, "GPU": 0}
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        resources = container["resources"]
+        most["CPU"] += group["maxReplicas"] * int(resources["requests"]["cpu"])
+        most["GPU"] += group["maxReplicas"] * resources["limits"].get("nvidia.com/gpu", 0)
+    told = {name: int(environment_of(overlay).get(f"NEXTITEM_CLUSTER_{name}S", 0)) for name in most}
+    assert told == most
 
 
 def test_feast_has_the_views_of_the_package_and_a_store_that_exists():

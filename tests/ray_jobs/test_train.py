@@ -81,19 +81,38 @@ def test_auto_takes_the_gpus_that_there_are(tmp_path, monkeypatch, resources, ex
 
 
 def test_workers_may_be_fewer_and_of_one_type_of_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
+    resources = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     config = tiny_config(tmp_path)
     changes = {"num_workers": 8, "min_workers": 2, "accelerator_type": "A100"}
     scaling = train._scaling(_with_train(config, **changes))
     assert (scaling.num_workers, scaling.accelerator_type) == ((2, 8), "A100")
     with pytest.raises(JobError, match=r"'A100', and training would run on CPUs"):
         train._scaling(_with_train(config, **changes, device="cpu"))
+    with pytest.raises(JobError, match=r"'H100', and the cluster's types are A100; name one"):
+        train._scaling(_with_train(config, **{**changes, "accelerator_type": "H100"}))
     # There is room for three: a run that may have two begins.
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
     scaling = train._scaling(_with_train(config, num_workers=8, min_workers=2))
     assert (scaling.num_workers, scaling.max_workers) == ((2, 8), 8)
     with pytest.raises(ConfigError, match="min_workers 9 is more than num_workers 2"):
         tiny_config(tmp_path, "train.min_workers=9")
+
+
+def test_training_waits_for_machines_that_come_when_they_are_asked_for(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setenv("NEXTITEM_CLUSTER_CPUS", "128")
+    monkeypatch.setenv("NEXTITEM_CLUSTER_GPUS", "16")
+    config = tiny_config(tmp_path)
+    changes = {"num_workers": 24, "min_workers": 4, "accelerator_type": "A100"}
+    scaling = train._scaling(_with_train(config, **changes))
+    assert (scaling.num_workers, scaling.use_gpu) == ((4, 16), True)
+    assert "it has 0 GPUs, 4 workers need 4" in caplog.text
+    assert "CPUs, " not in caplog.text
+    with pytest.raises(JobError, match="16 GPUs for 17 workers"):
+        train._scaling(_with_train(config, num_workers=17, device="gpu"))
 
 
 def test_weights_are_those_of_the_best_epoch_that_is_whole(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """A training that loses the node of some of its workers, or in which one runs out of memory."""
 
+import errno
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ SETTINGS = (
     "train.num_workers=3",
     "train.min_workers=1",
 )
+FULL = ("train.name=full", "train.num_workers=2", "train.trainer.validate_every=1")
 NODE_DIES = """
 import os, pathlib, signal, sys, threading, time
 import ray
@@ -141,6 +143,81 @@ def test_a_worker_that_never_has_the_memory_stops_the_run_with_what_would_fit(
         "result, or lower batch_size to 32 (now 64). Start it again with train.name=lean to go on "
         "from its last checkpoint."
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_disk_that_was_full_for_a_while_costs_no_more_than_the_last_steps(
+    tmp_path, tiny_lake, monkeypatch
+):
+    config = tiny_lake(tmp_path, *FULL)
+    runs = tmp_path / "synthetic" / "runs"
+    monkeypatch.setattr(train, "train_worker", _worker_on_a_full_disk(tmp_path / "was-full"))
+    train.run(config)
+    assert (tmp_path / "was-full").exists()
+    # The second epoch was trained twice and counts once; the first one was not lost.
+    assert [entry["epoch"] for entry in read_history(runs / "full")] == [1, 2]
+    assert len((runs / "full" / "history.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_disk_that_stays_full_stops_the_run_with_one_sentence(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(tmp_path, *FULL, "train.max_failures=1")
+    monkeypatch.setattr(train, "train_worker", _worker_on_a_full_disk(None))
+    with pytest.raises(JobError) as stopped:
+        train.run(config)
+    assert str(stopped.value) == (
+        "Training stopped after 1 retries: OSError: [Errno 28] No space left on device "
+        "Start it again with train.name=full to go on from its last checkpoint."
+    )
+    monkeypatch.undo()
+    train.run(config)
+    history = read_history(tmp_path / "synthetic" / "runs" / "full")
+    assert [entry["epoch"] for entry in history] == [1, 2]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_history_that_cannot_be_written_stops_the_run_at_once(tmp_path, tiny_lake, monkeypatch):
+    config = tiny_lake(tmp_path, *FULL)
+
+    class FullDisk(train.RunLog):
+        def after_report(self, run_context, metrics, checkpoint):
+            raise OSError(errno.ENOSPC, "No space left on device", "history.jsonl")
+
+    monkeypatch.setattr(train, "RunLog", FullDisk)
+    with pytest.raises(JobError) as stopped:
+        train.run(config)
+    assert str(stopped.value) == (
+        "Training stopped: [Errno 28] No space left on device: 'history.jsonl' "
+        "Start it again with train.name=full to go on from its last checkpoint."
+    )
+
+
+def _worker_on_a_full_disk(marker):
+    """A worker that cannot write the checkpoint of the second epoch: once and then leaves
+    `marker`, or each time when that is None."""
+    original = train.train_worker
+
+    def worker(plan_parts):
+        from recsys import checkpoint
+
+        save = checkpoint.os.fsync
+
+        def fail(number):
+            name = os.readlink(f"/proc/self/fd/{number}")
+            if "training-2-0" in name and (marker is None or not marker.exists()):
+                if marker is not None:
+                    time.sleep(3)  # a checkpoint that was reported is committed a little later
+                    marker.touch()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(number)
+
+        checkpoint.os.fsync = fail
+        try:
+            return original(plan_parts)
+        finally:
+            checkpoint.os.fsync = save
+
+    return worker
 
 
 def _worker_without_memory(is_short, marker=None):
