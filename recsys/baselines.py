@@ -221,8 +221,8 @@ class EASE:
 def make_baselines(
     names: tuple[str, ...], *, recent_days: float = 7, seed: int = 0
 ) -> list[Baseline]:
-    """Unfitted baselines with the settings that did best on validation data. Raises ValueError for
-    a name that is not in `BASELINES`.
+    """Unfitted baselines with the settings of their classes. Raises ValueError for a name that is
+    not in `BASELINES`.
     """
     unknown = [name for name in names if name not in BASELINES]
     if unknown:

@@ -39,8 +39,8 @@ class ObjectiveConfig(BaseModel):
     target_share: float = Field(0.2, gt=0, lt=1)
     """recency-sampling: at most this share of a window's targets is drawn, and one at least."""
     context_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of the windows whose scored positions know nothing of the request, so that a request
-    may bring nothing.
+    """Share of the positions that are told nothing of their request, so that a request may bring
+    nothing. Each position by itself: what was known at earlier ones is known when recommending.
     """
 
     @model_validator(mode="after")
@@ -105,10 +105,14 @@ class TargetWeights:
 
 
 class _Told(NamedTuple):
-    """What the request of a window's scored positions tells."""
+    """What the request for each event of a window tells."""
 
-    fields_B1F: Tensor
-    time_B1: Tensor
+    fields_BLF: Tensor
+    time_BL: Tensor
+
+    def of_followers(self) -> "_Told":
+        """Of all events but the first, for positions that answer the request for the next one."""
+        return _Told(self.fields_BLF[:, 1:], self.time_BL[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -167,14 +171,15 @@ class BatchMaker:
     ) -> Batch:
         """The batch of these windows, see `Windows.gather`."""
         objective = self.objective
-        is_forgetful_B1 = draws.uniform(Purpose.REQUEST, 1) < objective.context_dropout
-        told = _Told(self.known_at_request_F & ~is_forgetful_B1[..., None], ~is_forgetful_B1)
+        draws_BL = draws.uniform(Purpose.REQUEST, items_BL.shape[1])
+        is_told_BL = draws_BL >= objective.context_dropout
+        told = _Told(self.known_at_request_F & is_told_BL[..., None], is_told_BL)
         windows = self._mark(items_BL, context_BLF, seconds_BL)
         if objective.kind == "masked-item":
             return _masked_item(objective, windows, told, draws, self.num_rows)
         if objective.kind == "recency-sampling":
-            return _recency_sampling(objective, windows, told, draws)
-        return _next_item(windows, told)
+            return _recency_sampling(objective, windows, told.of_followers(), draws)
+        return _next_item(windows, told.of_followers())
 
     def _mark(self, items_BL: Tensor, context_BLF: Tensor, seconds_BL: Tensor) -> _Gathered:
         is_target_BL, weights_BL = items_BL != PAD, None
@@ -207,9 +212,9 @@ def _masked_item(
         items_BL=_corrupt(
             objective, windows.items_BL, is_masked_BL & ~last_only_B1, draws, num_rows
         ).masked_fill(is_masked_BL & last_only_B1, MASK),
-        context_BLF=windows.context_BLF.masked_fill(is_masked_BL[..., None] & ~told.fields_B1F, 0),
+        context_BLF=windows.context_BLF.masked_fill(is_masked_BL[..., None] & ~told.fields_BLF, 0),
         request_BLF=torch.zeros_like(windows.context_BLF),
-        seconds_BL2=_pair(windows.seconds_BL.masked_fill(is_masked_BL & ~told.time_B1, 0)),
+        seconds_BL2=_pair(windows.seconds_BL.masked_fill(is_masked_BL & ~told.time_BL, 0)),
         scored_M=scored_M,
         targets_M=windows.items_BL.flatten()[scored_M],
         weights_M=_take(windows.weights_BL, scored_M),
@@ -239,11 +244,11 @@ def _next_item(windows: _Gathered, told: _Told) -> Batch:
     inputs_BL, targets_BL = windows.items_BL[:, :-1], windows.items_BL[:, 1:]
     is_scored_BL = (inputs_BL != PAD) & windows.is_target_BL[:, 1:]
     scored_M = is_scored_BL.flatten().nonzero().squeeze(1)
-    asked_BL = windows.seconds_BL[:, 1:].masked_fill(~told.time_B1, 0)
+    asked_BL = windows.seconds_BL[:, 1:].masked_fill(~told.time_BL, 0)
     return Batch(
         items_BL=inputs_BL,
         context_BLF=windows.context_BLF[:, :-1],
-        request_BLF=windows.context_BLF[:, 1:].masked_fill(~told.fields_B1F, 0),
+        request_BLF=windows.context_BLF[:, 1:].masked_fill(~told.fields_BLF, 0),
         seconds_BL2=_pair(windows.seconds_BL[:, :-1], asked_BL),
         scored_M=scored_M,
         targets_M=targets_BL.flatten()[scored_M],
@@ -270,9 +275,9 @@ def _recency_sampling(
     # what they have in common, and nothing where they differ: what a request tells is true of its
     # target in training as in serving. With one target, as in short windows, it tells everything.
     common_B1F = _find_common(windows.context_BLF, is_drawn_BL)
-    request_BLF = torch.cat([kept_BLF[:, 1:], common_B1F], dim=1).masked_fill(~told.fields_B1F, 0)
+    request_BLF = torch.cat([kept_BLF[:, 1:], common_B1F], dim=1).masked_fill(~told.fields_BLF, 0)
     common_B1 = _find_common(windows.seconds_BL[..., None], is_drawn_BL)[..., 0]
-    asked_BL = torch.cat([kept_BL[:, 1:], common_B1], dim=1).masked_fill(~told.time_B1, 0)
+    asked_BL = torch.cat([kept_BL[:, 1:], common_B1], dim=1).masked_fill(~told.time_BL, 0)
 
     drawn_M = is_drawn_BL.flatten().nonzero().squeeze(1)
     L = is_drawn_BL.shape[1]

@@ -69,8 +69,7 @@ class NegativeSampler:
         counts_I[:NUM_SPECIAL] = 0
         self._share_I = (counts_I / counts_I.sum().clamp(min=1)).float()
         self._sums_I = counts_I.cumsum(0)
-        # A uniform sample stands for the items that are not the target.
-        self._num_others = max(1, len(counts_I) - NUM_SPECIAL - 1)
+        self._num_items = len(counts_I) - NUM_SPECIAL
 
     @property
     def reads_batch(self) -> bool:
@@ -91,13 +90,13 @@ class NegativeSampler:
         items_GN = self._uniform(draws.of_groups(Purpose.NEGATIVES, groups_G, num))
         if source == "mixed":
             items_GN = torch.cat([items_GN, of_batch.targets[None]], dim=1)
-        expected_GN = torch.full(items_GN.shape, num / self._num_others, device=items_GN.device)
+        expected_GN = torch.full(items_GN.shape, num / self._num_items, device=items_GN.device)
         if source == "mixed":
             expected_GN += len(of_batch.targets) * self._share_I[items_GN]
         return groups.share(items_GN, expected_GN)
 
     def _uniform(self, words: Tensor) -> Tensor:
-        return words.remainder_(len(self._share_I) - NUM_SPECIAL) + NUM_SPECIAL
+        return words.remainder_(self._num_items) + NUM_SPECIAL
 
     def _popular(self, words: Tensor) -> Tensor:
         # By inversion: torch.multinomial takes no more than 2^24 items.

@@ -59,7 +59,8 @@ class ModelScorer:
             return self._model.scores(self._encode(*moved))
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden_BLD = self._model(*moved)
-        return self._model.scores(hidden_BLD[:, -1].to(self._dtype))
+        # Rounded scores would tie, and ties count against the target.
+        return self._model.scores(hidden_BLD[:, -1].float())
 
 
 class Histories(NamedTuple):

@@ -208,3 +208,18 @@ def test_baselines_are_made_by_name():
     assert [one.name for one in make_baselines(tuple(BASELINES))] == list(BASELINES)
     with pytest.raises(ValueError, match="no baseline 'magic'; choose of: popularity"):
         make_baselines(("magic",))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_held_out_items_change_no_score(name, toy, hold_out_last):
+    store, _ = toy
+    items_T = store.items_T.copy()
+    for place in store.offsets_U[1:] - 1:
+        items_T[place] = NUM_ROWS - 1 - (items_T[place] - 2)
+    other = dataclasses.replace(store, items_T=items_T)
+    assert not np.array_equal(other.items_T, store.items_T)
+    fits = [
+        make_baselines([name])[0].fit(log, hold_out_last(log), NUM_ROWS) for log in (store, other)
+    ]
+    for user in range(3):
+        assert score(fits[0], store, user) == score(fits[1], store, user)

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from recsys.batches import BatchMaker, ObjectiveConfig, TargetWeights
 from recsys.catalogue import MASK, PAD
 from recsys.losses import full_softmax
-from recsys.model import NextItemModel
+from recsys.model import NextItemModel, Request, append_request
 from recsys.model_config import ModelConfig
 from recsys.randomness import Draws
 from recsys.splits import whole_sequences
@@ -55,6 +55,37 @@ def test_a_scored_position_knows_only_what_a_request_knows():
     scored = batch.context_BLF.flatten(0, 1)[batch.scored_M]
     assert scored[:, 0].all()
     assert not scored[:, 1].any()
+
+
+@pytest.mark.parametrize("kind", ["next-item", "masked-item", "recency-sampling"])
+def test_each_position_forgets_its_request_by_itself(kind):
+    objective = ObjectiveConfig(kind=kind, context_dropout=0.3)
+    batch = _batch(objective, torch.full((400, 50), 7), torch.ones(400, 50, 2).long())
+    if kind == "masked-item":
+        is_asked_BL = batch.items_BL == MASK
+        told_BL, seconds_BL = batch.context_BLF[..., 0] > 0, batch.seconds_BL2[..., 0]
+    else:
+        is_asked_BL = batch.items_BL != PAD
+        told_BL, seconds_BL = batch.request_BLF[..., 0] > 0, batch.seconds_BL2[..., 1]
+    if kind == "recency-sampling":
+        is_asked_BL[:, -1] = False  # of several targets it is told only what they share
+    assert torch.equal(told_BL[is_asked_BL], seconds_BL[is_asked_BL] > 0)
+    assert told_BL[is_asked_BL].float().mean().item() == pytest.approx(0.7, abs=0.02)
+    some_B = (told_BL & is_asked_BL).any(1) & (~told_BL & is_asked_BL).any(1)
+    several_B = is_asked_BL.sum(1) > 5
+    assert some_B[several_B].float().mean() > 0.8
+
+
+def test_a_request_that_tells_nothing_is_an_input_that_training_makes():
+    config = ModelConfig(attention="causal", dim=8, num_layers=1, num_heads=1, max_len=9)
+    objective = ObjectiveConfig(kind="next-item", context_dropout=0.5)
+    items, context = torch.arange(2, 6)[None], torch.ones(1, 4, 2).long()
+    seconds = torch.arange(1, 5)[None]
+    nothing = Request(torch.zeros(1, 2).long(), torch.zeros(1).long())
+    asked = append_request(config, items[:, :3], context[:, :3], seconds[:, :3], nothing, _KNOWN)
+    made = [_batch(objective, items, context, seed=seed) for seed in range(64)]
+    inputs = [(one.items_BL, one.context_BLF, one.request_BLF, one.seconds_BL2) for one in made]
+    assert any(all(map(torch.equal, asked, one)) for one in inputs)
 
 
 def test_context_dropout_hides_the_whole_request():

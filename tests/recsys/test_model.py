@@ -167,6 +167,48 @@ def test_a_row_of_padding_alone_gives_no_nan():
     assert torch.isfinite(states).all()
 
 
+def test_a_causal_state_knows_neither_times_nor_items_that_come_later():
+    model = _model("causal", block="ligr", relative_bias=True, time_bias=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ages.weight.normal_()
+            block.distances.weight.normal_()
+    items_BL, context_BLF, request_BLF, seconds_BL2 = _inputs([[5, 6, 7, 8]])
+    before = model(items_BL, context_BLF, request_BLF, seconds_BL2)
+    later_BL2 = seconds_BL2.clone()
+    later_BL2[:, 2:] += 10**6
+    items_BL = torch.tensor([[5, 6, 11, 12]])
+    after = model(items_BL, context_BLF, request_BLF, later_BL2)
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.allclose(before[:, 2:], after[:, 2:])
+    # What the second position is asked, and when, it does know.
+    later_BL2[:, 1, 1] += 10**6
+    asked_later = model(items_BL, context_BLF, request_BLF, later_BL2)
+    assert not torch.allclose(after[:, 1], asked_later[:, 1])
+
+
+def test_a_gated_block_by_hand():
+    """LiGR as in arXiv:2502.03417: gates read what is added to, the net is SwiGLU."""
+    block = _model("causal", block="ligr").blocks[0]
+    with torch.no_grad():
+        for gate in (block.gate_attention, block.gate_mlp):
+            gate.weight.normal_()
+    x, mixed = torch.randn(3, 16), torch.randn(3, 16)
+
+    def linear(layer, value):
+        return value @ layer.weight.T + layer.bias
+
+    gate = 1 / (1 + torch.exp(-linear(block.gate_attention, x)))
+    y = x + gate * linear(block.project, mixed)
+    mean, variance = y.mean(1, keepdim=True), y.var(1, keepdim=True, unbiased=False)
+    wide = linear(block.widen, (y - mean) / torch.sqrt(variance + 1e-5))
+    assert wide.shape[1] == 2 * 4 * 16
+    swish = wide[:, :64] / (1 + torch.exp(-wide[:, :64])) * wide[:, 64:]
+    gate = 1 / (1 + torch.exp(-linear(block.gate_mlp, y)))
+    expected = y + gate * linear(block.narrow, swish)
+    torch.testing.assert_close(block._add(x, mixed, None), expected)
+
+
 def test_a_closed_gate_lets_nothing_through():
     model = _model("causal", block="ligr")
     items = _inputs([[5, 6, 7]])

@@ -27,8 +27,7 @@ def shares(items):
 def test_uniform_negatives_are_any_item_and_never_padding_or_mask():
     negatives = draw(num=40_000)
     assert shares(negatives.items_GN)[2:].tolist() == pytest.approx([0.25] * 4, abs=0.01)
-    # 40,000 samples stand for the three items that are not the target.
-    assert negatives.log_expected_GN[0, 0].item() == pytest.approx(math.log(40_000 / 3))
+    assert negatives.log_expected_GN[0, 0].item() == pytest.approx(math.log(40_000 / 4))
 
 
 def test_popular_items_are_drawn_by_their_training_events():
@@ -50,7 +49,7 @@ def test_mixed_negatives_are_both_and_so_is_what_was_expected_of_them():
     negatives = draw(source="mixed", num=2)
     assert negatives.num == 5
     assert negatives.items_GN[0, 2:].tolist() == TARGETS.tolist()
-    assert negatives.log_expected_GN[0, 4].exp().item() == pytest.approx(2 / 3 + 3 * 4 / 8)
+    assert negatives.log_expected_GN[0, 4].exp().item() == pytest.approx(2 / 4 + 3 * 4 / 8)
 
 
 def test_positions_share_a_draw_by_groups():
@@ -89,9 +88,7 @@ def test_expectations_are_those_of_many_draws():
             for step in range(4_000)
         ]
         items = torch.stack([one.items_GN for one in draws])
-        # A uniform sample stands for one item less than there are: the target is not among them.
-        correction = 4 / 3 if source == "uniform" else 1
         for item in (3, 4, 5):
             expected = torch.stack([one.log_expected_GN for one in draws])[items == item][0].exp()
-            came = (items == item).sum() / len(draws) * correction
+            came = (items == item).sum() / len(draws)
             assert came.item() == pytest.approx(expected.item(), rel=0.1)

@@ -12,9 +12,10 @@ from recsys.model_config import ModelConfig
 from recsys.scorer import ModelScorer, gather_histories
 
 
-def make_scorer(shop, attention="bidirectional", **options):
+def make_scorer(shop, attention="bidirectional", time_bias=False, **options):
     torch.manual_seed(0)
-    config = ModelConfig(attention=attention, dim=16, num_layers=1, num_heads=2, max_len=8)
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "max_len": 8}
+    config = ModelConfig(attention=attention, time_bias=time_bias, **sizes)
     model = NextItemModel(config, shop.catalogue.num_rows, shop.context.sizes)
     return ModelScorer(model, shop.context.known_at_request_F, **options)
 
@@ -23,14 +24,18 @@ def score_last(scorer, store, users):
     return scorer.score(store, users, store.offsets_U[users + 1] - 1)
 
 
-def with_changed_last_event(store, *, item=False, context=False):
+def with_changed_last_event(store, *, item=False, context=False, days=0):
     last = store.offsets_U[1:] - 1
     items_T, context_TF = store.items_T.copy(), store.context_TF.copy()
+    timestamps_T = store.timestamps_T.copy()
+    timestamps_T[last] += days * 86_400_000_000
     if item:
         items_T[last] = NUM_SPECIAL
     if context:
         context_TF[last] = 0
-    return dataclasses.replace(store, items_T=items_T, context_TF=context_TF)
+    return dataclasses.replace(
+        store, items_T=items_T, context_TF=context_TF, timestamps_T=timestamps_T
+    )
 
 
 USERS = np.array([0, 1, 5])
@@ -58,6 +63,23 @@ def test_the_time_of_the_target_is_read_only_when_asked(shop, attention, knows_r
     changed = with_changed_last_event(shop.store, context=True)
     same = torch.equal(score_last(scorer, shop.store, USERS), score_last(scorer, changed, USERS))
     assert same is not knows_request
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("knows_request", [True, False])
+def test_ages_count_to_the_time_of_the_target_only_when_asked(shop, attention, knows_request):
+    scorer = make_scorer(shop, attention, time_bias=True, knows_request=knows_request)
+    with torch.no_grad():
+        for block in scorer._model.blocks:
+            block.ages.weight.normal_()
+    later = with_changed_last_event(shop.store, days=100)
+    same = torch.equal(score_last(scorer, shop.store, USERS), score_last(scorer, later, USERS))
+    assert same is not knows_request
+
+
+def test_scores_are_not_rounded_to_the_precision_of_training(shop):
+    scores_BI = score_last(make_scorer(shop, dtype=torch.bfloat16), shop.store, USERS)
+    assert not torch.equal(scores_BI, scores_BI.bfloat16().float())
 
 
 def test_the_event_type_of_the_target_is_never_read(shop):
