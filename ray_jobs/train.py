@@ -190,15 +190,20 @@ def _read_best(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metrics of the best epoch whose checkpoint is whole.
 
-    Raises: TrainingError when none is.
+    Raises: TrainingError when none is; JobError when the best one cannot be reached.
     """
     validated = [pair for pair in checkpoints if "ndcg10" in pair[1]]
     for checkpoint, metrics in sorted(validated, key=lambda pair: -float(pair[1]["ndcg10"])):
         try:
             with checkpoint.as_directory() as path:
                 return read_weights(Path(path)), metrics
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             log.warning("%s Taking the next best epoch.", error)
+        except OSError as error:
+            raise JobError(
+                f"The run is trained, and its best checkpoint cannot be reached: {error}; start it "
+                "again with its name when it can be."
+            ) from error
     raise TrainingError("No checkpoint of the run is whole, so there are no weights to keep.")
 
 

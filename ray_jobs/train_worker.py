@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.sequences_reader import Vocabulary, collect_tokens
-from recsys.checkpoint import load_checkpoint, save_checkpoint
+from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
 from recsys.item_codes import agree_on_codes
 from recsys.memory_plan import Workload, refuse_what_cannot_fit
@@ -120,22 +120,46 @@ def build_trainer(
 
 
 def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
-    """Continues from the first of these that is whole.
+    """Continues from the first of these that is whole to every rank; each rank calls it.
 
-    Raises: TrainingError when there are some and none is.
+    Raises: TrainingError when there are some and none is, or it is of another training; OSError on
+        all ranks when one of them cannot reach a checkpoint: the next try may.
     """
     for checkpoint in candidates:
-        try:
-            with checkpoint.as_directory() as folder:
-                load_checkpoint(Path(folder), trainer)
-                return
-        except (CheckpointError, OSError) as error:
-            log.warning("%s Going on from the checkpoint before it.", error)
+        saved = _read_together(checkpoint, trainer)
+        if saved is not None:
+            restore(saved, trainer)
+            return
     if candidates:
         raise TrainingError(
             f"None of the run's {len(candidates)} checkpoints is whole; give train.name another "
             "value to start anew."
         )
+
+
+def _read_together(checkpoint: Checkpoint, trainer: Trainer) -> Saved | None:
+    """A checkpoint that is whole to every rank; None, on all of them, when it is not."""
+    saved: Saved | None = None
+    reason = "Another worker found a checkpoint that is not whole."
+    unreachable: OSError | None = None
+    try:
+        with checkpoint.as_directory() as folder:
+            saved = read_checkpoint(Path(folder), trainer.device)
+    except CheckpointError as error:
+        reason = str(error)
+    except OSError as error:
+        unreachable = error
+    found = [float(saved is None), float(unreachable is not None)]
+    num_without, num_unreachable = sum_over_ranks(found, trainer.device)
+    if num_unreachable:
+        raise OSError(
+            f"{num_unreachable:.0f} of {trainer.world_size} workers cannot reach the checkpoint "
+            f"{checkpoint.path}: {unreachable or 'this one can'}"
+        ) from unreachable
+    if num_without:
+        log.warning("%s Going on from the checkpoint before it.", reason)
+        return None
+    return saved
 
 
 def _reported_checkpoints() -> list[Checkpoint]:

@@ -117,6 +117,9 @@ def test_weights_are_those_of_the_best_epoch_that_is_whole(tmp_path, caplog):
     assert "Taking the next best epoch" in caplog.text
     with pytest.raises(TrainingError, match="No checkpoint of the run is whole"):
         train._read_best([checkpoints[1]])
+    gone = Checkpoint.from_directory(tmp_path / "of-a-disk-that-is-not-there")
+    with pytest.raises(JobError, match="best checkpoint cannot be reached"):
+        train._read_best([*checkpoints, (gone, {"ndcg10": 0.9, "epoch": 4})])
 
 
 def test_item_codes_of_a_column_that_is_not_there_are_refused_before_workers_start(shop):

@@ -1,8 +1,12 @@
 """What a worker of a training does, without Ray around it."""
 
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from ray.train import Checkpoint
 
 from ray_jobs import train_worker
@@ -14,6 +18,7 @@ from recsys.item_codes import learn_codes
 from recsys.recipe import read_recipe
 from recsys.splits import leave_one_out
 from tests.ray_jobs.conftest import tiny_config
+from tests.recsys.processes import join_ranks, leave_ranks
 from tests.recsys.test_trainer import make_trainer
 
 
@@ -124,3 +129,53 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, caplog):
     with pytest.raises(TrainingError, match="None of the run's 2 checkpoints is whole"):
         resume_from(checkpoints, make_trainer(max_epochs=9))
     resume_from([], trainer)
+
+
+class _Unreachable:
+    """A checkpoint in a store that does not answer."""
+
+    path = "far"
+
+    @contextmanager
+    def as_directory(self):
+        raise OSError("the store does not answer")
+        yield
+
+
+def _resume_as_rank(rank, world_size, folder):
+    """Rank 1 finds its copy of the latest checkpoint damaged, and then cannot reach one."""
+    own = Path(folder) / str(rank)
+    join_ranks(folder, rank, world_size)
+    checkpoints = []
+    for number in (3, 2, 1):
+        trainer = make_trainer(max_epochs=9)
+        trainer.epoch = number
+        with torch.no_grad():
+            trainer.model.item_bias.fill_(number)
+        save_checkpoint(own / str(number), trainer)
+        checkpoints.append(Checkpoint.from_directory(own / str(number)))
+    if rank == 1:
+        (content,) = (own / "3").glob("training-*.pt")
+        content.write_bytes(content.read_bytes()[:100])
+    trainer = make_trainer(max_epochs=9)
+    resume_from(checkpoints, trainer)
+    told = {"epoch": trainer.epoch, "bias": trainer.model.item_bias.detach().clone()}
+    try:
+        resume_from([_Unreachable() if rank == 1 else checkpoints[1], *checkpoints], trainer)
+    except OSError as error:
+        told["error"] = str(error)
+    leave_ranks(told, Path(folder) / f"{rank}.pt")
+
+
+def test_ranks_go_on_from_the_same_checkpoint_or_all_try_again(tmp_path):
+    mp.spawn(_resume_as_rank, args=(2, str(tmp_path)), nprocs=2, join=True)
+    for rank in range(2):
+        told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert told["epoch"] == 2
+        assert (told["bias"] == 2).all()
+        assert told["error"].startswith("1 of 2 workers cannot reach the checkpoint")
+
+
+def test_a_store_that_does_not_answer_is_no_damaged_checkpoint():
+    with pytest.raises(OSError, match=r"far: the store does not answer"):
+        resume_from([_Unreachable()], make_trainer())

@@ -1,6 +1,9 @@
 """A checkpoint is whole or refused."""
 
+import hashlib
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def test_what_is_damaged_is_refused(saved, damage):
     with pytest.raises(CheckpointError, match=r"not whole|cut off or altered"):
         load_checkpoint(saved, trainer)
     assert trainer.epoch == 0
+
+
+def test_what_was_sealed_and_is_no_checkpoint_is_refused(saved):
+    path = content_of(saved)
+    for content in (b"no archive", b"", b"PK\x03\x04 an archive that ends"):
+        path.write_bytes(content)
+        seal = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+        (saved / "seal.json").write_text(json.dumps(seal))
+        with pytest.raises(CheckpointError, match="is sealed and cannot be read"):
+            read_weights(saved)
+
+
+def test_what_cannot_be_reached_is_not_called_damaged(saved, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        verify_checkpoint(saved / "of-a-folder-that-is-not-there")
+
+    unreachable = Mock(side_effect=OSError(5, "Input/output error"))
+    monkeypatch.setattr(Path, "open", unreachable)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_weights(saved)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved):
