@@ -175,22 +175,25 @@ def _reported_checkpoints() -> list[Checkpoint]:
 def _train(trainer: Trainer, max_minutes: float | None) -> None:
     started = time.perf_counter()
     while not trainer.should_stop:
-        epoch = trainer.train_epoch(_checkpoint_within(trainer))
+        epoch = trainer.train_epoch(_report_within(trainer))
         _report(trainer, epoch.metrics(), with_checkpoint=epoch.is_validated)
         is_late = max_minutes is not None and time.perf_counter() - started > 60 * max_minutes
         if epoch.is_validated and _is_over(is_late, trainer):
             break
 
 
-def _checkpoint_within(trainer: Trainer) -> Callable[[], None] | None:
-    """What takes checkpoints within an epoch; every rank comes by after the same steps."""
+def _report_within(trainer: Trainer) -> Callable[[], None]:
+    """What takes checkpoints and tells of progress within an epoch; every rank comes by after the
+    same steps.
+    """
     every = trainer.config.checkpoint_every_steps
-    if every is None:
-        return None
 
     def after_step() -> None:
-        if trainer.step % every == 0 and trainer.step < trainer.steps_per_epoch:
+        is_within = trainer.step < trainer.steps_per_epoch
+        if every is not None and trainer.step % every == 0 and is_within:
             _report(trainer, trainer.add_up_progress(), with_checkpoint=True)
+        elif trainer.news is not None:
+            _report(trainer, trainer.news, with_checkpoint=False)
 
     return after_step
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recsys.errors import CheckpointError
+from recsys.errors import CheckpointError, TrainingError
 from recsys.out_of_memory import is_out_of_memory
 from recsys.trainer import Trainer
 
@@ -32,8 +32,12 @@ class Saved(NamedTuple):
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Writes weights and state, and then the seal. All ranks hold the same; one of them writes.
 
-    Raises: OSError, e.g. when the disk is full; what was there before is whole then.
+    Raises: OSError, e.g. when the disk is full, or TrainingError when a weight or a moment is not
+        finite; what was there before is whole then.
     """
+    reason = trainer.find_broken()
+    if reason:
+        raise TrainingError(reason)
     folder.mkdir(parents=True, exist_ok=True)
     content = folder / f"training-{trainer.epoch}-{trainer.step}.pt"
     temporary = folder / f".{content.name}"

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
 from recsys.out_of_memory import advise_less, is_out_of_memory
+from recsys.progress import EpochReport, Progress, Watch, num_not_finite
 from recsys.randomness import Purpose
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
@@ -54,47 +54,14 @@ class TrainerConfig(BaseModel):
     """auto: bf16 where the device multiplies it natively, else fp32."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Checkpoints within an epoch, beside those after each validation: for epochs of hours."""
+    report_every_seconds: float = Field(30.0, gt=0)
+    """Between reports of progress within an epoch, which are no checkpoints."""
     micro_batches: int = Field(1, ge=1)
     """Parts of a worker's batch that are trained one after the other (gradient accumulation): the
     same result with as much less memory for activations."""
     compile: bool = False
     """Compiles the blocks of the model with torch.compile, which takes a minute or so at the start.
     Where there is no compiler, or it fails, training goes on without and says why."""
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch cost and brought; NaN for a metric that was not measured."""
-
-    epoch: int
-    loss: float
-    ndcg10: float
-    hr10: float
-    windows_per_s: float
-    tokens_per_s: float
-    learning_rate: float
-    ndcg10_error: float = math.nan
-    """Standard error of `ndcg10` over the validation users."""
-
-    @property
-    def is_validated(self) -> bool:
-        return not math.isnan(self.ndcg10)
-
-    def metrics(self) -> dict[str, float]:
-        return asdict(self)
-
-
-@dataclass
-class _Progress:
-    """What an epoch has brought so far, of this rank alone."""
-
-    step: int = 0
-    num_tokens: int = 0
-    """Since this process took the epoch up."""
-    loss_sum: float | Tensor = 0.0
-    weight: float | Tensor = 0.0
-    started: float = 0.0
-    """When this process took the epoch up, on its own clock."""
 
 
 class Trainer:
@@ -166,7 +133,10 @@ class Trainer:
         self.ndcg10_error = math.nan
         """Standard error of NDCG@10 in the last validation."""
         self._validations_without_gain = 0
-        self._progress = _Progress()
+        self._progress = Progress()
+        self._watch = Watch(config.report_every_seconds, device)
+        self.news: dict[str, float] | None = None
+        """Progress that is to be told after this step, on every rank; see `add_up_progress`."""
 
     @property
     def step(self) -> int:
@@ -183,11 +153,12 @@ class Trainer:
         """Trains an epoch, or what is left of it, on every rank; then validates where it is due.
 
         `after_step` is called on every rank after each step; a checkpoint taken in it goes on right
-        there. Raises: TrainingError when the model has item codes that nobody loaded;
-        OutOfMemoryError, on the rank that it befell alone.
+        there. Raises: TrainingError when the model has item codes that nobody loaded, or a loss or
+        weight is not finite, within seconds; OutOfMemoryError, on the rank that it befell alone.
         """
         self._refuse_random_codes()
         self._progress.started = time.perf_counter()
+        self._watch.begin()
         self.model.train()
         first = self.step
         for places in self._assembler.windows.batches(
@@ -198,11 +169,12 @@ class Trainer:
             first=first,
         ):
             self._step_within_memory(places)
+            self._look_at_progress()
             if after_step is not None:
                 after_step()
         progress = self.add_up_progress()
         elapsed = time.perf_counter() - self._progress.started
-        self.epoch, self._progress = self.epoch + 1, _Progress()
+        self.epoch, self._progress = self.epoch + 1, Progress()
         hr10, ndcg10 = self._validate_if_due()
         windows = (self.steps_per_epoch - first) * self.recipe.batch_size
         return EpochReport(
@@ -221,32 +193,60 @@ class Trainer:
         of `steps`, `loss`, `tokens_per_s`. Every rank calls it before one of them takes `state()`
         within an epoch.
 
-        Raises: TrainingError when the loss is not finite.
+        Raises: TrainingError when the loss, a weight or a moment is not finite.
         """
-        progress = self._progress
-        sums = [float(progress.loss_sum), float(progress.weight), progress.num_tokens]
-        loss_sum, weight, num_tokens = sum_over_ranks(sums, self.device)
+        sums = sum_over_ranks(self._progress.sums(), self.device)
+        progress = self._describe(sums)
+        reason = self.find_broken()
+        (num_broken,) = sum_over_ranks([float(bool(reason))], self.device)
+        if num_broken:
+            raise TrainingError(reason or "The weights of another worker are not finite.")
+        # On from here the first rank alone carries what was before.
+        self._progress.carry(sums if self.rank == 0 else [0.0, 0.0, 0.0])
+        return progress
+
+    def find_broken(self) -> str:
+        """Why this model is not to be kept; empty when weights and moments are finite."""
+        values = [list(self.model.parameters()), self._optimiser.state()]
+        if not num_not_finite(values):
+            return ""
+        return (
+            f"Weights or their moments after step {self.step} of epoch {self.epoch + 1} are not "
+            f"finite; {self._advise_calm()}."
+        )
+
+    def _look_at_progress(self) -> None:
+        self.news = None
+        if self._watch.is_due():
+            progress = self._describe(sum_over_ranks(self._progress.sums(), self.device))
+            # The report of the epoch says as much as that of its last step.
+            if self._watch.look() and self.step < self.steps_per_epoch:
+                self.news = progress
+
+    def _describe(self, sums: list[float]) -> dict[str, float]:
+        loss_sum, weight, num_tokens = sums
         loss = loss_sum / (weight or 1.0)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"The loss of epoch {self.epoch + 1} is {loss}; lower optimiser.learning_rate "
-                f"(now {self.recipe.optimiser.learning_rate}) or train in fp32."
+                f"The loss of epoch {self.epoch + 1} is {loss}; {self._advise_calm()}."
             )
-        # On from here the first rank alone carries what was before.
-        is_first = self.rank == 0
-        progress.loss_sum = loss_sum if is_first else 0.0
-        progress.weight = weight if is_first else 0.0
-        progress.num_tokens = int(num_tokens) if is_first else 0
         return {
             "epoch": self.epoch,
             "step": self.step,
             "steps": self.steps_per_epoch,
             "loss": loss,
-            "tokens_per_s": num_tokens / (time.perf_counter() - progress.started),
+            "tokens_per_s": num_tokens / (time.perf_counter() - self._progress.started),
         }
 
+    def _advise_calm(self) -> str:
+        rate = self.recipe.optimiser.learning_rate
+        return f"lower optimiser.learning_rate (now {rate}) or train in fp32"
+
     def validate(self) -> tuple[float, float]:
-        """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them."""
+        """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them.
+
+        Raises: TrainingError when a score is not a number.
+        """
         with run_eagerly() if self._is_compiled else contextlib.nullcontext():
             found = self._validation.rank(self.model, self.dtype)
         self.ndcg10_error = found.ndcg10_error
@@ -272,7 +272,7 @@ class Trainer:
         self.model.load_state_dict(weights)
         self._optimiser.restore(state["optimiser"])
         self.epoch = state["epoch"]
-        progress = _Progress(**state["progress"])
+        progress = Progress(**state["progress"])
         if self.rank != 0:
             progress.loss_sum = progress.weight = 0.0
         self._progress = progress

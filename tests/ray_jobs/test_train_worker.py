@@ -68,6 +68,14 @@ def test_checkpoints_within_an_epoch_tell_how_far_it_is(worker):
     assert "step" not in last
 
 
+def test_progress_is_told_without_a_checkpoint(worker):
+    _, reports = worker("train.trainer.report_every_seconds=1e-9", "train.trainer.max_epochs=1")
+    *within, (last, _) = reports
+    assert [metrics["step"] for metrics, _ in within] == list(range(1, within[0][0]["steps"]))
+    assert all(checkpoint is None for _, checkpoint in within)
+    assert "step" not in last
+
+
 def test_a_loss_that_is_not_finite_is_returned_and_not_tried_again(worker):
     returned, reports = worker(optimiser={"learning_rate": 1e30})
     assert "lower optimiser.learning_rate (now 1e+30)" in returned["refused"]

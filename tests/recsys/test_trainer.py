@@ -308,12 +308,73 @@ def test_nothing_to_learn_from_is_one_sentence():
         make_trainer(store=_cycles(length=3))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    trainer = make_trainer()
+def _break(trainer):
     with torch.no_grad():
-        trainer.model.item_bias.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"lower optimiser.learning_rate"):
+        trainer.model.item_bias[5] = math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_within_the_epoch():
+    trainer = make_trainer()
+    _break(trainer)
+    with pytest.raises(TrainingError, match=r"The loss of epoch 1 is nan; lower optimiser.learn"):
         trainer.train_epoch()
+    assert trainer.step == 1 < trainer.steps_per_epoch  # the first look comes after the first step
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment"])
+def test_weights_that_are_not_finite_are_neither_kept_nor_validated(broken, tmp_path):
+    trainer = make_trainer()
+    trainer.train_epoch()
+    save_checkpoint(tmp_path, trainer)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    if broken == "weight":
+        _break(trainer)
+    else:
+        moments = trainer._optimiser.parts[0].state[trainer.model.item_bias]
+        moments["exp_avg_sq"][3] = math.inf
+    message = r"after step 0 of epoch 2 are not finite; lower optimiser.learning_rate \(now 0.005\)"
+    with pytest.raises(TrainingError, match=message):
+        save_checkpoint(tmp_path, trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    trainer._progress.started = 0.0
+    with pytest.raises(TrainingError, match=message):
+        trainer.add_up_progress()
+
+
+def test_a_last_step_that_breaks_the_weights_is_found_before_validation():
+    trainer = make_trainer()
+
+    def break_at_the_end():
+        if trainer.step == trainer.steps_per_epoch:
+            _break(trainer)
+
+    with pytest.raises(TrainingError, match=r"Weights .* are not finite"):
+        trainer.train_epoch(break_at_the_end)
+
+
+def test_a_validation_without_numbers_is_an_error_of_the_training():
+    trainer = make_trainer()
+    _break(trainer)
+    with pytest.raises(TrainingError, match=r"scores that are not numbers; lower optimiser.learn"):
+        trainer.validate()
+
+
+def test_progress_within_an_epoch_is_told_and_changes_nothing():
+    told, weights = {}, {}
+    for seconds in (1e-9, 1e9):
+        trainer = make_trainer(max_epochs=2, report_every_seconds=seconds)
+        news = told[seconds] = []
+        for _ in range(2):
+            trainer.train_epoch(lambda news=news, trainer=trainer: news.append(trainer.news))
+        weights[seconds] = _weights(trainer)
+    steps = [(report["epoch"], report["step"]) for report in told[1e-9] if report]
+    last = trainer.steps_per_epoch
+    # Of the last step the report of the epoch tells.
+    assert steps == [(epoch, step) for epoch in (0, 1) for step in range(1, last)]
+    assert told[1e-9][0]["steps"] == last > 2
+    assert told[1e-9][0]["loss"] > 0 < told[1e-9][0]["tokens_per_s"]
+    assert told[1e9] == [None] * (2 * last)
+    assert all(torch.equal(weight, weights[1e9][name]) for name, weight in weights[1e-9].items())
 
 
 def test_the_rate_climbs_and_then_falls_to_its_final_share():
