@@ -4,7 +4,6 @@ batch.
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
 from recsys.item_codes import agree_on_codes
 from recsys.memory_plan import Workload, refuse_what_cannot_fit
+from recsys.precision import choose_dtype
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.splits import Split, hold_out, split_tokens
 from recsys.targets import find_targets
 from recsys.tokens import TokenStore
-from recsys.trainer import Trainer, choose_dtype
+from recsys.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
     for checkpoint in candidates:
         saved = _read_together(checkpoint, trainer)
         if saved is not None:
-            restore(saved, trainer)
+            _restore(saved, trainer)
             return
     if candidates:
         raise TrainingError(
@@ -162,6 +162,15 @@ def _read_together(checkpoint: Checkpoint, trainer: Trainer) -> Saved | None:
     return saved
 
 
+def _restore(saved: Saved, trainer: Trainer) -> None:
+    try:
+        restore(saved, trainer)
+    except CheckpointError as error:
+        raise TrainingError(
+            f"{error}; configure what the run began with, or give train.name another value."
+        ) from error
+
+
 def _reported_checkpoints() -> list[Checkpoint]:
     """The checkpoints that the run has kept, the latest first; none when it begins."""
     latest = ray.train.get_checkpoint()
@@ -173,11 +182,10 @@ def _reported_checkpoints() -> list[Checkpoint]:
 
 
 def _train(trainer: Trainer, max_minutes: float | None) -> None:
-    started = time.perf_counter()
     while not trainer.should_stop:
         epoch = trainer.train_epoch(_report_within(trainer))
         _report(trainer, epoch.metrics(), with_checkpoint=epoch.is_validated)
-        is_late = max_minutes is not None and time.perf_counter() - started > 60 * max_minutes
+        is_late = max_minutes is not None and trainer.seconds > 60 * max_minutes
         if epoch.is_validated and _is_over(is_late, trainer):
             break
 

@@ -53,6 +53,12 @@ class Progress:
         """Loss, weight and tokens."""
         return [float(self.loss_sum), float(self.weight), float(self.num_tokens)]
 
+    def describe(self, sums: list[float]) -> dict[str, float]:
+        """Loss and speed by the sums of all ranks."""
+        loss_sum, weight, num_tokens = sums
+        elapsed_s = time.perf_counter() - self.started
+        return {"loss": loss_sum / (weight or 1.0), "tokens_per_s": num_tokens / elapsed_s}
+
     def carry(self, sums: list[float]) -> None:
         """Goes on from these instead."""
         self.loss_sum, self.weight, num_tokens = sums

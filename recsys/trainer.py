@@ -18,12 +18,14 @@ from torch import Tensor
 from recsys.assembly import Assembler, Piece
 from recsys.compilation import compile_blocks, leave_eager, run_eagerly
 from recsys.errors import OutOfMemoryError, TrainingError
+from recsys.fingerprint import refuse_another, take_fingerprint
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
-from recsys.out_of_memory import advise_less, is_out_of_memory
+from recsys.out_of_memory import advise_less, first_line, is_out_of_memory
+from recsys.precision import choose_dtype
 from recsys.progress import EpochReport, Progress, Watch, num_not_finite
-from recsys.randomness import Purpose
+from recsys.randomness import Purpose, seed_of
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.replicas import replicate, without_exchange
@@ -126,7 +128,11 @@ class Trainer:
         """Why the model is not compiled although it should be."""
         self._replica = replicate(self.model, self.world_size, self._touched)
         self._optimiser = Optimiser(self.model, recipe.optimiser, self._touched)
-        self.steps_per_epoch = self._assembler.windows.num_batches(recipe.batch_size)
+        windows = self._assembler.windows
+        self.steps_per_epoch = windows.num_batches(recipe.batch_size)
+        self._fingerprint = take_fingerprint(
+            recipe, seed, store, split, targets, num_windows=len(windows)
+        )
         self.epoch = 0
         self.best_ndcg10 = -math.inf
         self.best_epoch = 0
@@ -137,6 +143,13 @@ class Trainer:
         self._watch = Watch(config.report_every_seconds, device)
         self.news: dict[str, float] | None = None
         """Progress that is to be told after this step, on every rank; see `add_up_progress`."""
+        self._since_s, self._seconds_before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the training took so far, on this rank's clock, with the tries that it goes on from;
+        what they lost is not counted."""
+        return self._seconds_before + time.perf_counter() - self._since_s
 
     @property
     def step(self) -> int:
@@ -224,19 +237,12 @@ class Trainer:
                 self.news = progress
 
     def _describe(self, sums: list[float]) -> dict[str, float]:
-        loss_sum, weight, num_tokens = sums
-        loss = loss_sum / (weight or 1.0)
-        if not math.isfinite(loss):
+        told = self._progress.describe(sums)
+        if not math.isfinite(told["loss"]):
             raise TrainingError(
-                f"The loss of epoch {self.epoch + 1} is {loss}; {self._advise_calm()}."
+                f"The loss of epoch {self.epoch + 1} is {told['loss']}; {self._advise_calm()}."
             )
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "steps": self.steps_per_epoch,
-            "loss": loss,
-            "tokens_per_s": num_tokens / (time.perf_counter() - self._progress.started),
-        }
+        return {"epoch": self.epoch, "step": self.step, "steps": self.steps_per_epoch, **told}
 
     def _advise_calm(self) -> str:
         rate = self.recipe.optimiser.learning_rate
@@ -255,6 +261,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that a resumed run needs, as tensors and plain values."""
         return {
+            "fingerprint": self._fingerprint,
+            "seconds": self.seconds,
             "optimiser": self._optimiser.state(),
             "epoch": self.epoch,
             "progress": {
@@ -268,7 +276,13 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Continues after the step at whose end `state()` and the weights were taken."""
+        """Continues after the step at whose end `state()` and the weights were taken.
+
+        Raises: ValueError when they are of another training.
+        """
+        # Of a state from before there were fingerprints nothing is known.
+        refuse_another(state.get("fingerprint", self._fingerprint), self._fingerprint)
+        self._since_s, self._seconds_before = time.perf_counter(), state.get("seconds", 0.0)
         self.model.load_state_dict(weights)
         self._optimiser.restore(state["optimiser"])
         self.epoch = state["epoch"]
@@ -288,14 +302,14 @@ class Trainer:
             advice = advise_less(self.recipe.batch_size, self.config.micro_batches, self.world_size)
             raise OutOfMemoryError(
                 f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
-                f"{self.epoch + 1} ({_first_line(error)}); {advice}."
+                f"{self.epoch + 1} ({first_line(error)}); {advice}."
             ) from error
 
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
         pieces = self._assembler.assemble(places, number)
         if self.device.type == "cuda":
-            torch.manual_seed(number * self.world_size + self.rank)
+            torch.manual_seed(seed_of(self.seed, number, Purpose.DROPOUT, self.rank))
         # Every rank hides the same ids.
         self.model.hide_ids(pieces[0].draws.generator(Purpose.HIDDEN_IDS))
         if self._touched is not None:
@@ -385,19 +399,3 @@ class Trainer:
         else:
             self._validations_without_gain += 1
         return hr10, ndcg10
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 when asked for, or when `auto` finds a device that multiplies it natively."""
-    if precision == "auto":
-        is_native = (
-            torch.cuda.is_bf16_supported()
-            if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        precision = "bf16" if is_native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -139,6 +139,25 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, caplog):
     resume_from([], trainer)
 
 
+def test_a_run_that_is_configured_otherwise_is_refused_with_what_differs(tmp_path):
+    save_checkpoint(tmp_path, make_trainer())
+    message = r"batch_size was 16 and is 32; configure what the run began with, or give train.name"
+    with pytest.raises(TrainingError, match=message):
+        resume_from([Checkpoint.from_directory(tmp_path)], make_trainer(batch_size=32))
+
+
+def test_minutes_of_tries_before_count(worker, shop, tmp_path, monkeypatch):
+    settings = [f"train.trainer.{pair}" for pair in ("max_minutes=10", "validate_every=1")]
+    before = build_trainer(worker.plan(*settings), shop.store)
+    before._seconds_before = 601.0
+    assert before.config.max_epochs > 1
+    save_checkpoint(tmp_path / "before", before)
+    kept = [Checkpoint.from_directory(tmp_path / "before")]
+    monkeypatch.setattr(train_worker, "_reported_checkpoints", lambda: kept)
+    _, reports = worker(*settings)
+    assert len(reports) == 1
+
+
 class _Unreachable:
     """A checkpoint in a store that does not answer."""
 

@@ -24,7 +24,7 @@ from recsys.trainer import Trainer, TrainerConfig
 _NUM_ITEMS = 20
 
 
-def _cycles(num_users=60, length=12):
+def cycles(num_users=60, length=12):
     """Every user walks round a circle of items, so that the next item is certain."""
     starts = np.arange(num_users)[:, None]
     items = 2 + (starts + np.arange(length)) % _NUM_ITEMS
@@ -38,10 +38,18 @@ def _cycles(num_users=60, length=12):
 
 
 def make_trainer(
-    recipe_name="bert4rec", *, store=None, overrides=None, data=None, batch_size=16, **config
+    recipe_name="bert4rec",
+    *,
+    store=None,
+    overrides=None,
+    data=None,
+    batch_size=16,
+    seed=0,
+    precision="fp32",
+    **config,
 ):
-    """A trainer in fp32; `overrides` are sections of the recipe, `config` is the trainer's."""
-    store, overrides = store or _cycles(), overrides or {}
+    """A trainer; `overrides` are sections of the recipe, `config` is the trainer's."""
+    store, overrides = store or cycles(), overrides or {}
     data = {"split": leave_one_out(store.offsets_U), **(data or {})}
     recipe = read_recipe(
         recipe_name,
@@ -57,11 +65,11 @@ def make_trainer(
     network = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
     return Trainer(
         recipe,
-        TrainerConfig(precision="fp32", **config),
+        TrainerConfig(precision=precision, **config),
         network,
         store,
         known_at_request_F=np.zeros(num_fields, bool),
-        seed=0,
+        seed=seed,
         device=torch.device("cpu"),
         **data,
     )
@@ -87,10 +95,10 @@ def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
     assert reports[-1].ndcg10 > 0.9
 
 
-_PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
+PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
 
 
-def _with_purchases(store, share=0.4):
+def with_purchases(store, share=0.4):
     """The same events as views (1) and purchases (2)."""
     types_T = 1 + (np.random.default_rng(0).random(store.num_tokens) < share)
     return replace(store, context_TF=types_T[:, None].astype(np.uint8))
@@ -102,9 +110,9 @@ def _with_purchases(store, share=0.4):
     [("bert4rec", 0.9), ("sasrec-ce", 0.9), ("rss", 0.75)],
 )
 def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
-    store = _with_purchases(_cycles(num_users=100))
-    split = split_tokens(store, SplitConfig(), _PURCHASES)
-    data = {"split": split, "targets": _PURCHASES}
+    store = with_purchases(cycles(num_users=100))
+    split = split_tokens(store, SplitConfig(), PURCHASES)
+    data = {"split": split, "targets": PURCHASES}
     trainer = make_trainer(recipe, store=store, data=data, max_epochs=60, validate_every=60)
     reports = [trainer.train_epoch() for _ in range(60)]
     assert reports[-1].ndcg10 > ndcg10
@@ -112,7 +120,7 @@ def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
 
 def test_an_item_that_was_viewed_can_be_the_target_where_seen_items_stay():
     # Everybody walks the circle twice: the target was seen on the first round.
-    store = _cycles(length=30)
+    store = cycles(length=30)
     kept = make_trainer("sasrec-ce", store=store, data={"filter_seen": False})
     assert kept.validate()[1] > 0
     assert make_trainer("sasrec-ce", store=store).validate() == (0, 0)
@@ -130,7 +138,7 @@ def test_a_validation_tells_its_standard_error():
 
 def test_the_loss_of_an_epoch_is_weighted_over_batches():
     # All weights are twice as large: the mean stays.
-    store = _with_purchases(_cycles())
+    store = with_purchases(cycles())
     losses = [
         make_trainer(store=store, data={"targets": TargetEvents(0, weights_V, is_weighted=True)})
         .train_epoch()
@@ -142,11 +150,11 @@ def test_the_loss_of_an_epoch_is_weighted_over_batches():
 
 
 def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
-    store = _with_purchases(_cycles(num_users=1, length=12))  # one user walks ten training events
+    store = with_purchases(cycles(num_users=1, length=12))  # one user walks ten training events
     store.context_TF[:] = [[1]] * 4 + [[2]] * 2 + [[1]] * 6
     split = leave_one_out(store.offsets_U)
     loss = {"negatives": {"source": "in-batch", "group_size": None}}
-    data = {"split": split, "targets": _PURCHASES}
+    data = {"split": split, "targets": PURCHASES}
     trainer = make_trainer("esasrec", store=store, overrides={"loss": loss}, data=data)
     targets = torch.tensor([6, 7])
     drawn = trainer._assembler.sampler.draw(targets, Draws(0, 0, targets), BatchTargets(targets))
@@ -263,7 +271,7 @@ def test_a_batch_that_is_too_small_to_be_shared_is_refused():
 
 
 def test_only_new_events_are_learned_and_old_ones_are_read():
-    store = _cycles(num_users=4, length=12)
+    store = cycles(num_users=4, length=12)
     store.timestamps_T[:] = 1_000_000 * (1_000 + np.tile(np.arange(12), 4))
     store.timestamps_T[:12] -= 500_000_000  # nothing new of the first user
     trainer = make_trainer("sasrec-ce", store=store, data={"new_since_s": 1_006}, batch_size=3)
@@ -305,7 +313,7 @@ def test_epochs_between_validations_report_no_metric():
 
 def test_nothing_to_learn_from_is_one_sentence():
     with pytest.raises(TrainingError, match=r"No user has two training events"):
-        make_trainer(store=_cycles(length=3))
+        make_trainer(store=cycles(length=3))
 
 
 def _break(trainer):
