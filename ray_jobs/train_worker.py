@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import ray.train
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, ReportedCheckpoint
 from ray.train.torch import get_device
 from safetensors.torch import load_file
 
@@ -31,6 +31,10 @@ from recsys.tokens import TokenStore
 from recsys.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+STANDING = "standing"
+"""Metric of a checkpoint that says which ones are kept."""
+NUM_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,15 @@ def _reported_checkpoints() -> list[Checkpoint]:
     latest = ray.train.get_checkpoint()
     if latest is None:
         return []
-    reported = [report.checkpoint for report in ray.train.get_all_reported_checkpoints()]
-    earlier = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != latest.path]
+    # Ray gives them in the order of their standing.
+    reported = sorted(ray.train.get_all_reported_checkpoints(), key=_place, reverse=True)
+    earlier = [report.checkpoint for report in reported if report.checkpoint.path != latest.path]
     return [latest, *earlier]
+
+
+def _place(report: ReportedCheckpoint) -> tuple[int, int]:
+    """Epochs that were done, and steps of the next one."""
+    return report.metrics["epoch"], report.metrics.get("step", 0)
 
 
 def _train(trainer: Trainer, max_minutes: float | None) -> None:
@@ -212,7 +222,19 @@ def _report(trainer: Trainer, metrics: dict[str, float], *, with_checkpoint: boo
         return
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), trainer)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        ray.train.report(
+            {**metrics, STANDING: _standing(trainer)}, checkpoint=Checkpoint.from_directory(folder)
+        )
+
+
+def _standing(trainer: Trainer) -> float:
+    """By this Ray keeps the best epoch and the two latest checkpoints of any kind.
+
+    A new best epoch stands above all. Whatever follows stands below it and above the best epoch
+    before; of those that stand alike Ray keeps the later ones.
+    """
+    is_best = trainer.step == 0 and trainer.epoch == trainer.best_epoch
+    return trainer.best_epoch if is_best else trainer.best_epoch - 0.5
 
 
 def _is_over(is_late: bool, trainer: Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,42 @@ def test_checkpoints_within_an_epoch_tell_how_far_it_is(worker):
     assert all(checkpoint is not None and m["epoch"] == 0 for m, checkpoint in within)
     assert all(metrics["loss"] > 0 < metrics["tokens_per_s"] for metrics, _ in within)
     assert "step" not in last
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_epoch_and_the_two_latest_checkpoints_are_kept(seed):
+    rng = np.random.default_rng(seed)
+    trainer = SimpleNamespace(epoch=0, step=0, best_epoch=0)
+    kept, last = [], None
+    for _ in range(60):
+        before = last
+        if rng.random() < 0.5:
+            trainer.step += 1
+        else:
+            trainer.epoch, trainer.step = trainer.epoch + 1, 0
+            if rng.random() < 0.4:
+                trainer.best_epoch = trainer.epoch
+        last = trainer.epoch, trainer.step
+        # As Ray does: those that stand alike by their age, and the latest in any case.
+        kept.append((train_worker._standing(trainer), last))
+        kept.sort(key=lambda pair: pair[0])
+        kept = [pair for pair in kept[:-3] if pair[1] == last] + kept[-3:]
+        places = [place for _, place in kept]
+        assert last in places
+        assert before is None or before in places
+        assert not trainer.best_epoch or (trainer.best_epoch, 0) in places
+
+
+def test_checkpoints_are_tried_from_the_latest_to_the_earliest(monkeypatch):
+    def report(path, **metrics):
+        return SimpleNamespace(checkpoint=Checkpoint(path), metrics=metrics)
+
+    reports = [report("/b", epoch=1), report("/d", epoch=2, step=4), report("/c", epoch=2, step=2)]
+    reports.append(report("/a", epoch=1, step=9))
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: reports[1].checkpoint)
+    monkeypatch.setattr("ray.train.get_all_reported_checkpoints", lambda: reports)
+    found = [checkpoint.path for checkpoint in train_worker._reported_checkpoints()]
+    assert found == ["/d", "/c", "/a", "/b"]
 
 
 def test_progress_is_told_without_a_checkpoint(worker):
