@@ -186,15 +186,22 @@ def weights_that_matter(trainer):
     return weights
 
 
-@pytest.mark.parametrize("recipe", _KINDS)
-def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(recipe, tmp_path):
-    unbroken = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [*((recipe, "fp32") for recipe in _KINDS), ("bert4rec", "bf16")]
+)
+def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
+    recipe, precision, tmp_path
+):
+    def make():
+        return make_trainer(recipe, overrides=_KINDS[recipe], precision=precision, max_epochs=3)
+
+    unbroken = make()
     expected = [unbroken.train_epoch() for _ in range(3)]
 
     class KilledError(Exception):
         pass
 
-    first = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+    first = make()
 
     def kill():
         if first.step == 2:
@@ -206,7 +213,7 @@ def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
     losses = [first.train_epoch().loss]
     with pytest.raises(KilledError):
         first.train_epoch(kill)
-    second = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+    second = make()
     load_checkpoint(tmp_path, second)
     assert (second.epoch, second.step) == (1, 2)
     losses += [second.train_epoch().loss for _ in range(2)]
@@ -214,6 +221,19 @@ def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
     assert losses == [report.loss for report in expected]
     for name, weight in _weights(unbroken).items():
         assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+def test_training_in_bf16_counts_in_bf16_and_learns_as_much():
+    exact, short = (
+        make_trainer("sasrec-ce", precision=precision, max_epochs=25, validate_every=25)
+        for precision in ("fp32", "bf16")
+    )
+    reports = [[trainer.train_epoch() for _ in range(25)] for trainer in (exact, short)]
+    assert reports[0][0].loss != reports[1][0].loss
+    # bf16 has eight bits: 0.4 % of each number.
+    assert reports[1][0].loss == pytest.approx(reports[0][0].loss, rel=4e-3)
+    assert reports[1][-1].ndcg10 > 0.9
+    assert all(parameter.dtype == torch.float32 for parameter in short.model.parameters())
 
 
 @pytest.mark.parametrize("source", ["uniform", "mixed"])
@@ -393,10 +413,12 @@ def test_the_rate_climbs_and_then_falls_to_its_final_share():
     assert scheduled_rate(config, 100, 100) == pytest.approx(0.1)
 
 
-def test_only_matrices_of_linear_layers_decay():
+def test_the_optimiser_is_fused_and_only_matrices_of_linear_layers_decay():
     trainer = make_trainer()
     (part,) = Optimiser(trainer.model, OptimiserConfig()).parts
+    assert isinstance(part, torch.optim.AdamW)
     decayed, kept = part.param_groups
+    assert decayed["fused"] is kept["fused"] is True
     assert decayed["weight_decay"] > 0
     assert kept["weight_decay"] == 0
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
