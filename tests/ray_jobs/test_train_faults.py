@@ -115,14 +115,17 @@ def test_a_training_that_lost_a_rank_within_an_epoch_ends_as_an_undisturbed_one(
     marker = tmp_path / "went-on-at"
     runs = tmp_path / "synthetic" / "runs"
 
-    def run(name):
-        named = config.train.model_copy(update={"name": name})
+    def run(name, report_every_seconds):
+        changes = {"report_every_seconds": report_every_seconds}
+        trainer = config.train.trainer.model_copy(update=changes)
+        named = config.train.model_copy(update={"name": name, "trainer": trainer})
         train.run(config.model_copy(update={"train": named}))
         return load_file(runs / name / "model.safetensors")
 
-    undisturbed = run("undisturbed")
+    undisturbed = run("undisturbed", 3600)
     monkeypatch.setattr(train, "train_worker", _worker_that_is_killed(marker))
-    disturbed = run("disturbed")
+    # Progress is told after every step.
+    disturbed = run("disturbed", 1e-9)
     assert marker.read_text() == "1 4"
     histories = [read_history(runs / name) for name in ("undisturbed", "disturbed")]
     losses = [[entry["loss"] for entry in history] for history in histories]
