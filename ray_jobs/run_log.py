@@ -17,6 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
+from ray_jobs.train_worker import STANDING
+
 _GAUGES = {
     "loss": "Loss of the last epoch, or of what is done of it.",
     "ndcg10": "NDCG@10 of the last validation.",
@@ -47,7 +49,7 @@ class RunLog(UserCallback):  # type: ignore[misc]
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
         """Called by Ray Train when every worker has reported; the first one's counts."""
-        report = metrics[0]
+        report = {name: value for name, value in metrics[0].items() if name != STANDING}
         is_whole = "step" not in report
         if is_whole:
             with (self._run / "history.jsonl").open("a") as file:

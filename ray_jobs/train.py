@@ -46,7 +46,7 @@ from ray_jobs.sequences_reader import (
     open_sequences,
 )
 from ray_jobs.start import Start, open_start
-from ray_jobs.train_worker import WorkerPlan, train_worker
+from ray_jobs.train_worker import NUM_KEPT, STANDING, WorkerPlan, train_worker
 from recsys.artifact import save_model
 from recsys.checkpoint import read_weights
 from recsys.errors import CheckpointError, OutOfMemoryError, TrainingError
@@ -157,7 +157,9 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
             storage_path=path,
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="ndcg10", checkpoint_score_order="max"
+                num_to_keep=NUM_KEPT,
+                checkpoint_score_attribute=STANDING,
+                checkpoint_score_order="max",
             ),
             failure_config=FailureConfig(max_failures=config.max_failures),
             # Ray would log each report in full; the lines of RunLog say the same to a person.
@@ -195,15 +197,20 @@ def _read_best(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and metrics of the best epoch whose checkpoint is whole.
 
-    Raises: TrainingError when none is.
+    Raises: TrainingError when none is; JobError when the best one cannot be reached.
     """
     validated = [pair for pair in checkpoints if "ndcg10" in pair[1]]
     for checkpoint, metrics in sorted(validated, key=lambda pair: -float(pair[1]["ndcg10"])):
         try:
             with checkpoint.as_directory() as path:
                 return read_weights(Path(path)), metrics
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             log.warning("%s Taking the next best epoch.", error)
+        except OSError as error:
+            raise JobError(
+                f"The run is trained, and its best checkpoint cannot be reached: {error}; start it "
+                "again with its name when it can be."
+            ) from error
     raise TrainingError("No checkpoint of the run is whole, so there are no weights to keep.")
 
 

@@ -4,7 +4,6 @@ batch.
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,29 @@ from typing import Any
 import psutil
 import ray.train
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, ReportedCheckpoint
 from ray.train.torch import get_device
 from safetensors.torch import load_file
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.sequences_reader import Vocabulary, collect_tokens
-from recsys.checkpoint import load_checkpoint, save_checkpoint
+from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
 from recsys.item_codes import agree_on_codes
 from recsys.memory_plan import Workload, refuse_what_cannot_fit
+from recsys.precision import choose_dtype
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.splits import Split, hold_out, split_tokens
 from recsys.targets import find_targets
 from recsys.tokens import TokenStore
-from recsys.trainer import Trainer, choose_dtype
+from recsys.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+STANDING = "standing"
+"""Metric of a checkpoint that says which ones are kept."""
+NUM_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -120,17 +124,16 @@ def build_trainer(
 
 
 def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
-    """Continues from the first of these that is whole.
+    """Continues from the first of these that is whole to every rank; each rank calls it.
 
-    Raises: TrainingError when there are some and none is.
+    Raises: TrainingError when there are some and none is, or it is of another training; OSError on
+        all ranks when one of them cannot reach a checkpoint: the next try may.
     """
     for checkpoint in candidates:
-        try:
-            with checkpoint.as_directory() as folder:
-                load_checkpoint(Path(folder), trainer)
-                return
-        except (CheckpointError, OSError) as error:
-            log.warning("%s Going on from the checkpoint before it.", error)
+        saved = _read_together(checkpoint, trainer)
+        if saved is not None:
+            _restore(saved, trainer)
+            return
     if candidates:
         raise TrainingError(
             f"None of the run's {len(candidates)} checkpoints is whole; give train.name another "
@@ -138,35 +141,77 @@ def resume_from(candidates: list[Checkpoint], trainer: Trainer) -> None:
         )
 
 
+def _read_together(checkpoint: Checkpoint, trainer: Trainer) -> Saved | None:
+    """A checkpoint that is whole to every rank; None, on all of them, when it is not."""
+    saved: Saved | None = None
+    reason = "Another worker found a checkpoint that is not whole."
+    unreachable: OSError | None = None
+    try:
+        with checkpoint.as_directory() as folder:
+            saved = read_checkpoint(Path(folder), trainer.device)
+    except CheckpointError as error:
+        reason = str(error)
+    except OSError as error:
+        unreachable = error
+    found = [float(saved is None), float(unreachable is not None)]
+    num_without, num_unreachable = sum_over_ranks(found, trainer.device)
+    if num_unreachable:
+        raise OSError(
+            f"{num_unreachable:.0f} of {trainer.world_size} workers cannot reach the checkpoint "
+            f"{checkpoint.path}: {unreachable or 'this one can'}"
+        ) from unreachable
+    if num_without:
+        log.warning("%s Going on from the checkpoint before it.", reason)
+        return None
+    return saved
+
+
+def _restore(saved: Saved, trainer: Trainer) -> None:
+    try:
+        restore(saved, trainer)
+    except CheckpointError as error:
+        raise TrainingError(
+            f"{error}; configure what the run began with, or give train.name another value."
+        ) from error
+
+
 def _reported_checkpoints() -> list[Checkpoint]:
     """The checkpoints that the run has kept, the latest first; none when it begins."""
     latest = ray.train.get_checkpoint()
     if latest is None:
         return []
-    reported = [report.checkpoint for report in ray.train.get_all_reported_checkpoints()]
-    earlier = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != latest.path]
+    # Ray gives them in the order of their standing.
+    reported = sorted(ray.train.get_all_reported_checkpoints(), key=_place, reverse=True)
+    earlier = [report.checkpoint for report in reported if report.checkpoint.path != latest.path]
     return [latest, *earlier]
 
 
+def _place(report: ReportedCheckpoint) -> tuple[int, int]:
+    """Epochs that were done, and steps of the next one."""
+    return report.metrics["epoch"], report.metrics.get("step", 0)
+
+
 def _train(trainer: Trainer, max_minutes: float | None) -> None:
-    started = time.perf_counter()
     while not trainer.should_stop:
-        epoch = trainer.train_epoch(_checkpoint_within(trainer))
+        epoch = trainer.train_epoch(_report_within(trainer))
         _report(trainer, epoch.metrics(), with_checkpoint=epoch.is_validated)
-        is_late = max_minutes is not None and time.perf_counter() - started > 60 * max_minutes
+        is_late = max_minutes is not None and trainer.seconds > 60 * max_minutes
         if epoch.is_validated and _is_over(is_late, trainer):
             break
 
 
-def _checkpoint_within(trainer: Trainer) -> Callable[[], None] | None:
-    """What takes checkpoints within an epoch; every rank comes by after the same steps."""
+def _report_within(trainer: Trainer) -> Callable[[], None]:
+    """What takes checkpoints and tells of progress within an epoch; every rank comes by after the
+    same steps.
+    """
     every = trainer.config.checkpoint_every_steps
-    if every is None:
-        return None
 
     def after_step() -> None:
-        if trainer.step % every == 0 and trainer.step < trainer.steps_per_epoch:
+        is_within = trainer.step < trainer.steps_per_epoch
+        if every is not None and trainer.step % every == 0 and is_within:
             _report(trainer, trainer.add_up_progress(), with_checkpoint=True)
+        elif trainer.news is not None:
+            _report(trainer, trainer.news, with_checkpoint=False)
 
     return after_step
 
@@ -177,7 +222,19 @@ def _report(trainer: Trainer, metrics: dict[str, float], *, with_checkpoint: boo
         return
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), trainer)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        ray.train.report(
+            {**metrics, STANDING: _standing(trainer)}, checkpoint=Checkpoint.from_directory(folder)
+        )
+
+
+def _standing(trainer: Trainer) -> float:
+    """By this Ray keeps the best epoch and the two latest checkpoints of any kind.
+
+    A new best epoch stands above all. Whatever follows stands below it and above the best epoch
+    before; of those that stand alike Ray keeps the later ones.
+    """
+    is_best = trainer.step == 0 and trainer.epoch == trainer.best_epoch
+    return trainer.best_epoch if is_best else trainer.best_epoch - 0.5
 
 
 def _is_over(is_late: bool, trainer: Trainer) -> bool:

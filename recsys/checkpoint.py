@@ -8,23 +8,36 @@ read, never code.
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recsys.errors import CheckpointError
+from recsys.errors import CheckpointError, TrainingError
+from recsys.out_of_memory import is_out_of_memory
 from recsys.trainer import Trainer
 
 _SEAL = "seal.json"
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Writes weights and state, and then the seal. All ranks hold the same; one of them writes.
 
-    Raises: OSError, e.g. when the disk is full; what was there before is whole then.
+    Raises: OSError, e.g. when the disk is full, or TrainingError when a weight or a moment is not
+        finite; what was there before is whole then.
     """
+    reason = trainer.find_broken()
+    if reason:
+        raise TrainingError(reason)
     folder.mkdir(parents=True, exist_ok=True)
     content = folder / f"training-{trainer.epoch}-{trainer.step}.pt"
     temporary = folder / f".{content.name}"
@@ -46,29 +59,50 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> None:
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> None:
-    """Continues where `save_checkpoint` was called. Raises: CheckpointError."""
-    saved = _read(folder, trainer.device)
+    """Continues where `save_checkpoint` was called. Raises: CheckpointError; OSError."""
+    restore(read_checkpoint(folder, trainer.device), trainer)
+
+
+def read_checkpoint(folder: Path, device: torch.device) -> Saved:
+    """What was saved, on a device.
+
+    Raises: CheckpointError when it is not whole; OSError when it cannot be reached, which may pass.
+    """
+    content = verify_checkpoint(folder)
     try:
-        trainer.restore(saved["state"], saved["weights"])
+        saved = torch.load(content, map_location=device, weights_only=True)
+        return Saved(saved["weights"], saved["state"])
+    except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{content} is sealed and cannot be read: {error}") from error
+
+
+def restore(saved: Saved, trainer: Trainer) -> None:
+    """Continues from what was read. Raises: CheckpointError when it is of another training."""
+    try:
+        trainer.restore(saved.state, saved.weights)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"The checkpoint in {folder} is of another training: {error}"
-        ) from error
+        raise CheckpointError(f"The checkpoint is of another training: {error}") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights alone, on the CPU. Raises: CheckpointError."""
-    weights: dict[str, Tensor] = _read(folder, torch.device("cpu"))["weights"]
-    return weights
+    """The weights alone, on the CPU. Raises as `read_checkpoint`."""
+    return read_checkpoint(folder, torch.device("cpu")).weights
 
 
 def verify_checkpoint(folder: Path) -> Path:
-    """The file that the seal names. Raises: CheckpointError when it is not what was sealed."""
+    """The file that the seal names.
+
+    Raises: CheckpointError when it is not what was sealed; OSError when it cannot be reached, or
+        the folder is not there.
+    """
+    os.stat(folder)
     try:
         seal = json.loads((folder / _SEAL).read_text())
         content = folder / str(seal["file"])
         digest = _digest(content)
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise CheckpointError(f"The checkpoint in {folder} is not whole: {error}") from error
     if digest != seal["sha256"]:
         raise CheckpointError(
@@ -76,12 +110,6 @@ def verify_checkpoint(folder: Path) -> Path:
             "one."
         )
     return content
-
-
-def _read(folder: Path, device: torch.device) -> dict[str, Any]:
-    content = verify_checkpoint(folder)
-    saved: dict[str, Any] = torch.load(content, map_location=device, weights_only=True)
-    return saved
 
 
 def _digest(path: Path) -> str:

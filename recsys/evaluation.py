@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys.catalogue import NUM_SPECIAL, PAD
+from recsys.errors import ScoreError
 from recsys.tokens import TokenStore
 
 _SCORES_PER_BLOCK = 2**27
@@ -65,7 +66,7 @@ def rank_targets(
         batch_size: users that are scored at once; as many by default as have 512 MiB of scores, and
             512 at most. A scorer may hold twice as much while it makes them.
 
-    Raises: ValueError without a target, or when a score is not a number.
+    Raises: ValueError without a target; ScoreError when a score is not a number.
     """
     if len(users_N) == 0:
         raise ValueError("There is no target to rank; check the split.")
@@ -82,7 +83,7 @@ def rank_targets(
         best_BK, items_BK = top_scores(scores_BI, min(top_k, scores_BI.shape[1] - NUM_SPECIAL))
         # What is not a number counts as the largest, so it would stand first.
         if torch.isnan(best_BK).any():
-            raise ValueError(f"{scorer.name} gave a score that is not a number.")
+            raise ScoreError(f"{scorer.name} gave a score that is not a number.")
         tops.append(items_BK.masked_fill(best_BK == float("-inf"), PAD).int().cpu().numpy())
         wanted_B = torch.from_numpy(store.items_T[targets_B]).long().to(scores_BI.device)
         ranks.append(_count_at_least(scores_BI, scores_BI.gather(1, wanted_B[:, None])))

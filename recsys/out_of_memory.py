@@ -22,3 +22,8 @@ def advise_less(batch_size: int, micro_batches: int, world_size: int) -> str:
         f"raise trainer.micro_batches to {parts} (now {micro_batches}), which changes no result, "
         f"or {smaller}"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without its details."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -99,8 +99,12 @@ class Draws:
         return mix((rows_R * _OF_ROW + key)[:, None] + columns_N * _OF_COLUMN)
 
     def _key(self, purpose: Purpose) -> int:
-        state = np.random.SeedSequence([self.seed, self.step, purpose])
-        return int(state.generate_state(1, np.uint64)[0]) >> 1
+        return seed_of(self.seed, self.step, purpose)
+
+
+def seed_of(*words: int) -> int:
+    """A number in [0, 2**63) that has nothing in common with that of other words."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Noise:

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,14 @@ from torch import Tensor
 from recsys.assembly import Assembler, Piece
 from recsys.compilation import compile_blocks, leave_eager, run_eagerly
 from recsys.errors import OutOfMemoryError, TrainingError
+from recsys.fingerprint import refuse_another, take_fingerprint
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
-from recsys.out_of_memory import advise_less, is_out_of_memory
-from recsys.randomness import Purpose
+from recsys.out_of_memory import advise_less, first_line, is_out_of_memory
+from recsys.precision import choose_dtype
+from recsys.progress import EpochReport, Progress, Watch, num_not_finite
+from recsys.randomness import Purpose, seed_of
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.replicas import replicate, without_exchange
@@ -54,47 +56,14 @@ class TrainerConfig(BaseModel):
     """auto: bf16 where the device multiplies it natively, else fp32."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Checkpoints within an epoch, beside those after each validation: for epochs of hours."""
+    report_every_seconds: float = Field(30.0, gt=0)
+    """Between reports of progress within an epoch, which are no checkpoints."""
     micro_batches: int = Field(1, ge=1)
     """Parts of a worker's batch that are trained one after the other (gradient accumulation): the
     same result with as much less memory for activations."""
     compile: bool = False
     """Compiles the blocks of the model with torch.compile, which takes a minute or so at the start.
     Where there is no compiler, or it fails, training goes on without and says why."""
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch cost and brought; NaN for a metric that was not measured."""
-
-    epoch: int
-    loss: float
-    ndcg10: float
-    hr10: float
-    windows_per_s: float
-    tokens_per_s: float
-    learning_rate: float
-    ndcg10_error: float = math.nan
-    """Standard error of `ndcg10` over the validation users."""
-
-    @property
-    def is_validated(self) -> bool:
-        return not math.isnan(self.ndcg10)
-
-    def metrics(self) -> dict[str, float]:
-        return asdict(self)
-
-
-@dataclass
-class _Progress:
-    """What an epoch has brought so far, of this rank alone."""
-
-    step: int = 0
-    num_tokens: int = 0
-    """Since this process took the epoch up."""
-    loss_sum: float | Tensor = 0.0
-    weight: float | Tensor = 0.0
-    started: float = 0.0
-    """When this process took the epoch up, on its own clock."""
 
 
 class Trainer:
@@ -159,14 +128,28 @@ class Trainer:
         """Why the model is not compiled although it should be."""
         self._replica = replicate(self.model, self.world_size, self._touched)
         self._optimiser = Optimiser(self.model, recipe.optimiser, self._touched)
-        self.steps_per_epoch = self._assembler.windows.num_batches(recipe.batch_size)
+        windows = self._assembler.windows
+        self.steps_per_epoch = windows.num_batches(recipe.batch_size)
+        self._fingerprint = take_fingerprint(
+            recipe, seed, store, split, targets, num_windows=len(windows)
+        )
         self.epoch = 0
         self.best_ndcg10 = -math.inf
         self.best_epoch = 0
         self.ndcg10_error = math.nan
         """Standard error of NDCG@10 in the last validation."""
         self._validations_without_gain = 0
-        self._progress = _Progress()
+        self._progress = Progress()
+        self._watch = Watch(config.report_every_seconds, device)
+        self.news: dict[str, float] | None = None
+        """Progress that is to be told after this step, on every rank; see `add_up_progress`."""
+        self._since_s, self._seconds_before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the training took so far, on this rank's clock, with the tries that it goes on from;
+        what they lost is not counted."""
+        return self._seconds_before + time.perf_counter() - self._since_s
 
     @property
     def step(self) -> int:
@@ -183,11 +166,12 @@ class Trainer:
         """Trains an epoch, or what is left of it, on every rank; then validates where it is due.
 
         `after_step` is called on every rank after each step; a checkpoint taken in it goes on right
-        there. Raises: TrainingError when the model has item codes that nobody loaded;
-        OutOfMemoryError, on the rank that it befell alone.
+        there. Raises: TrainingError when the model has item codes that nobody loaded, or a loss or
+        weight is not finite, within seconds; OutOfMemoryError, on the rank that it befell alone.
         """
         self._refuse_random_codes()
         self._progress.started = time.perf_counter()
+        self._watch.begin()
         self.model.train()
         first = self.step
         for places in self._assembler.windows.batches(
@@ -198,11 +182,12 @@ class Trainer:
             first=first,
         ):
             self._step_within_memory(places)
+            self._look_at_progress()
             if after_step is not None:
                 after_step()
         progress = self.add_up_progress()
         elapsed = time.perf_counter() - self._progress.started
-        self.epoch, self._progress = self.epoch + 1, _Progress()
+        self.epoch, self._progress = self.epoch + 1, Progress()
         hr10, ndcg10 = self._validate_if_due()
         windows = (self.steps_per_epoch - first) * self.recipe.batch_size
         return EpochReport(
@@ -221,32 +206,53 @@ class Trainer:
         of `steps`, `loss`, `tokens_per_s`. Every rank calls it before one of them takes `state()`
         within an epoch.
 
-        Raises: TrainingError when the loss is not finite.
+        Raises: TrainingError when the loss, a weight or a moment is not finite.
         """
-        progress = self._progress
-        sums = [float(progress.loss_sum), float(progress.weight), progress.num_tokens]
-        loss_sum, weight, num_tokens = sum_over_ranks(sums, self.device)
-        loss = loss_sum / (weight or 1.0)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss of epoch {self.epoch + 1} is {loss}; lower optimiser.learning_rate "
-                f"(now {self.recipe.optimiser.learning_rate}) or train in fp32."
-            )
+        sums = sum_over_ranks(self._progress.sums(), self.device)
+        progress = self._describe(sums)
+        reason = self.find_broken()
+        (num_broken,) = sum_over_ranks([float(bool(reason))], self.device)
+        if num_broken:
+            raise TrainingError(reason or "The weights of another worker are not finite.")
         # On from here the first rank alone carries what was before.
-        is_first = self.rank == 0
-        progress.loss_sum = loss_sum if is_first else 0.0
-        progress.weight = weight if is_first else 0.0
-        progress.num_tokens = int(num_tokens) if is_first else 0
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "steps": self.steps_per_epoch,
-            "loss": loss,
-            "tokens_per_s": num_tokens / (time.perf_counter() - progress.started),
-        }
+        self._progress.carry(sums if self.rank == 0 else [0.0, 0.0, 0.0])
+        return progress
+
+    def find_broken(self) -> str:
+        """Why this model is not to be kept; empty when weights and moments are finite."""
+        values = [list(self.model.parameters()), self._optimiser.state()]
+        if not num_not_finite(values):
+            return ""
+        return (
+            f"Weights or their moments after step {self.step} of epoch {self.epoch + 1} are not "
+            f"finite; {self._advise_calm()}."
+        )
+
+    def _look_at_progress(self) -> None:
+        self.news = None
+        if self._watch.is_due():
+            progress = self._describe(sum_over_ranks(self._progress.sums(), self.device))
+            # The report of the epoch says as much as that of its last step.
+            if self._watch.look() and self.step < self.steps_per_epoch:
+                self.news = progress
+
+    def _describe(self, sums: list[float]) -> dict[str, float]:
+        told = self._progress.describe(sums)
+        if not math.isfinite(told["loss"]):
+            raise TrainingError(
+                f"The loss of epoch {self.epoch + 1} is {told['loss']}; {self._advise_calm()}."
+            )
+        return {"epoch": self.epoch, "step": self.step, "steps": self.steps_per_epoch, **told}
+
+    def _advise_calm(self) -> str:
+        rate = self.recipe.optimiser.learning_rate
+        return f"lower optimiser.learning_rate (now {rate}) or train in fp32"
 
     def validate(self) -> tuple[float, float]:
-        """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them."""
+        """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them.
+
+        Raises: TrainingError when a score is not a number.
+        """
         with run_eagerly() if self._is_compiled else contextlib.nullcontext():
             found = self._validation.rank(self.model, self.dtype)
         self.ndcg10_error = found.ndcg10_error
@@ -255,6 +261,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything beside the weights that a resumed run needs, as tensors and plain values."""
         return {
+            "fingerprint": self._fingerprint,
+            "seconds": self.seconds,
             "optimiser": self._optimiser.state(),
             "epoch": self.epoch,
             "progress": {
@@ -268,11 +276,17 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Continues after the step at whose end `state()` and the weights were taken."""
+        """Continues after the step at whose end `state()` and the weights were taken.
+
+        Raises: ValueError when they are of another training.
+        """
+        # Of a state from before there were fingerprints nothing is known.
+        refuse_another(state.get("fingerprint", self._fingerprint), self._fingerprint)
+        self._since_s, self._seconds_before = time.perf_counter(), state.get("seconds", 0.0)
         self.model.load_state_dict(weights)
         self._optimiser.restore(state["optimiser"])
         self.epoch = state["epoch"]
-        progress = _Progress(**state["progress"])
+        progress = Progress(**state["progress"])
         if self.rank != 0:
             progress.loss_sum = progress.weight = 0.0
         self._progress = progress
@@ -288,14 +302,14 @@ class Trainer:
             advice = advise_less(self.recipe.batch_size, self.config.micro_batches, self.world_size)
             raise OutOfMemoryError(
                 f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
-                f"{self.epoch + 1} ({_first_line(error)}); {advice}."
+                f"{self.epoch + 1} ({first_line(error)}); {advice}."
             ) from error
 
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
         pieces = self._assembler.assemble(places, number)
         if self.device.type == "cuda":
-            torch.manual_seed(number * self.world_size + self.rank)
+            torch.manual_seed(seed_of(self.seed, number, Purpose.DROPOUT, self.rank))
         # Every rank hides the same ids.
         self.model.hide_ids(pieces[0].draws.generator(Purpose.HIDDEN_IDS))
         if self._touched is not None:
@@ -385,19 +399,3 @@ class Trainer:
         else:
             self._validations_without_gain += 1
         return hr10, ndcg10
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 when asked for, or when `auto` finds a device that multiplies it natively."""
-    if precision == "auto":
-        is_native = (
-            torch.cuda.is_bf16_supported()
-            if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        precision = "bf16" if is_native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

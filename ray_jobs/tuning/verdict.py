@@ -24,11 +24,11 @@ from ray_jobs.tuning.trials import Trial
 from recsys.comparison import Comparison, compare, compare_seeds
 from recsys.evaluation import rank_targets
 from recsys.metrics import ndcg
+from recsys.precision import choose_dtype
 from recsys.scorer import ModelScorer
 from recsys.splits import hold_out, split_tokens
 from recsys.targets import find_targets
 from recsys.tokens import TokenStore
-from recsys.trainer import choose_dtype
 
 log = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ def gauges(monkeypatch):
 def test_epochs_are_kept_as_history_and_for_tensorboard(tmp_path, gauges):
     log = RunLog(tmp_path, max_epochs=3)
     for number in (1, 2):
-        log.after_report(None, [epoch(number), {"epoch": 99}], None)
+        log.after_report(None, [epoch(number, standing=number), {"epoch": 99}], None)
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [epoch(1), epoch(2)]
     scalars = read_scalars(tmp_path / "tensorboard")

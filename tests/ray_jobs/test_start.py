@@ -306,5 +306,4 @@ def test_training_goes_on_from_a_version_with_new_events_and_new_items(road, mon
 
     # Two epochs on what is new are not behind two epochs on everything from nothing.
     assert second.facts["history"][0]["loss"] < first.facts["history"][1]["loss"]
-    print("COLD", _cold_ndcg10(config, second))
     assert second.facts["best"]["ndcg10"] > 0.95 * _cold_ndcg10(config, second)

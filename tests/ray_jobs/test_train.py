@@ -136,6 +136,9 @@ def test_weights_are_those_of_the_best_epoch_that_is_whole(tmp_path, caplog):
     assert "Taking the next best epoch" in caplog.text
     with pytest.raises(TrainingError, match="No checkpoint of the run is whole"):
         train._read_best([checkpoints[1]])
+    gone = Checkpoint.from_directory(tmp_path / "of-a-disk-that-is-not-there")
+    with pytest.raises(JobError, match="best checkpoint cannot be reached"):
+        train._read_best([*checkpoints, (gone, {"ndcg10": 0.9, "epoch": 4})])
 
 
 def test_item_codes_of_a_column_that_is_not_there_are_refused_before_workers_start(shop):
@@ -300,6 +303,50 @@ def test_a_worker_that_dies_within_an_epoch_goes_on_within_it(tmp_path, tiny_lak
     assert marker.read_text() == "1 4"
     history = read_history(tmp_path / "synthetic" / "runs" / "phoenix")
     assert [entry["epoch"] for entry in history] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_whose_latest_checkpoint_was_cut_off_goes_on_from_the_one_before(
+    tmp_path, tiny_lake, monkeypatch, capfd
+):
+    config = tiny_lake(
+        tmp_path,
+        "train.trainer.max_epochs=2",
+        "train.trainer.checkpoint_every_steps=2",
+        "train.trainer.validate_every=1",
+        "train.max_failures=0",
+        "train.name=phoenix",
+    )
+    marker = tmp_path / "resumed-at"
+    original = Trainer.train_epoch
+
+    def stop_in_the_second(trainer, after_step):
+        if trainer.rank == 0 and marker.exists() and not marker.read_text():
+            marker.write_text(f"{trainer.epoch} {trainer.step}")
+
+        def after():
+            after_step()
+            if trainer.epoch == 1 and trainer.step == 5 and not marker.exists():
+                time.sleep(3)  # a checkpoint that was reported is committed a little later
+                raise RuntimeError("the power is gone")
+
+        return original(trainer, after)
+
+    monkeypatch.setattr(train, "train_worker", _worker_with(stop_in_the_second))
+    with pytest.raises(JobError, match="the power is gone"):
+        train.run(config)
+    marker.touch()
+    kept = list((tmp_path / "synthetic" / "runs" / "phoenix").glob("ray/*/training-*.pt"))
+    assert sorted(path.name for path in kept) == [
+        f"training-{place}.pt" for place in ("1-0", "1-2", "1-4")
+    ]
+    (latest,) = (path for path in kept if path.name == "training-1-4.pt")
+    latest.write_bytes(latest.read_bytes()[:-100])
+    train.run(config)
+    assert marker.read_text() == "1 2"
+    assert "Result dict has no key" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ray_jobs import train
 from ray_jobs.errors import JobError
@@ -100,6 +102,38 @@ def test_a_training_goes_on_with_the_workers_that_are_left(how, tmp_path, tiny_l
     assert [e["epoch"] for e in read_history(tmp_path / "synthetic/runs/survivor")] == list(
         range(1, 6)
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_training_that_lost_a_rank_within_an_epoch_ends_as_an_undisturbed_one(
+    tmp_path, tiny_lake, monkeypatch
+):
+    config = tiny_lake(
+        tmp_path,
+        "train.num_workers=2",
+        "train.trainer.checkpoint_every_steps=2",
+        "train.trainer.validate_every=1",
+    )
+    marker = tmp_path / "went-on-at"
+    runs = tmp_path / "synthetic" / "runs"
+
+    def run(name, report_every_seconds):
+        changes = {"report_every_seconds": report_every_seconds}
+        trainer = config.train.trainer.model_copy(update=changes)
+        named = config.train.model_copy(update={"name": name, "trainer": trainer})
+        train.run(config.model_copy(update={"train": named}))
+        return load_file(runs / name / "model.safetensors")
+
+    undisturbed = run("undisturbed", 3600)
+    monkeypatch.setattr(train, "train_worker", _worker_that_is_killed(marker))
+    # Progress is told after every step.
+    disturbed = run("disturbed", 1e-9)
+    assert marker.read_text() == "1 4"
+    histories = [read_history(runs / name) for name in ("undisturbed", "disturbed")]
+    losses = [[entry["loss"] for entry in history] for history in histories]
+    assert losses[0] == losses[1]
+    assert undisturbed.keys() == disturbed.keys()
+    assert all(torch.equal(weight, disturbed[name]) for name, weight in undisturbed.items())
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -216,6 +250,36 @@ def _worker_on_a_full_disk(marker):
             return original(plan_parts)
         finally:
             checkpoint.os.fsync = save
+
+    return worker
+
+
+def _worker_that_is_killed(marker):
+    """A worker whose second rank dies once, after five steps of the second epoch; the step that the
+    next try begins with is written into `marker`."""
+    original = train.train_worker
+
+    def worker(plan_parts):
+        from recsys.trainer import Trainer
+
+        train_epoch = Trainer.train_epoch
+
+        def die(trainer, after_step):
+            if trainer.rank == 0 and marker.exists():
+                marker.write_text(marker.read_text() or f"{trainer.epoch} {trainer.step}")
+
+            def after():
+                after_step()
+                is_there = (trainer.rank, trainer.epoch, trainer.step) == (1, 1, 5)
+                if is_there and not marker.exists():
+                    time.sleep(3)  # a checkpoint that was reported is committed a little later
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return train_epoch(trainer, after)
+
+        Trainer.train_epoch = die
+        return original(plan_parts)
 
     return worker
 

@@ -1,8 +1,13 @@
 """What a worker of a training does, without Ray around it."""
 
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from ray.train import Checkpoint
 
 from ray_jobs import train_worker
@@ -14,6 +19,7 @@ from recsys.item_codes import learn_codes
 from recsys.recipe import read_recipe
 from recsys.splits import leave_one_out
 from tests.ray_jobs.conftest import tiny_config
+from tests.recsys.processes import join_ranks, leave_ranks
 from tests.recsys.test_trainer import make_trainer
 
 
@@ -60,6 +66,50 @@ def test_checkpoints_within_an_epoch_tell_how_far_it_is(worker):
     assert [metrics["step"] for metrics, _ in within] == list(range(2, within[0][0]["steps"], 2))
     assert all(checkpoint is not None and m["epoch"] == 0 for m, checkpoint in within)
     assert all(metrics["loss"] > 0 < metrics["tokens_per_s"] for metrics, _ in within)
+    assert "step" not in last
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_epoch_and_the_two_latest_checkpoints_are_kept(seed):
+    rng = np.random.default_rng(seed)
+    trainer = SimpleNamespace(epoch=0, step=0, best_epoch=0)
+    kept, last = [], None
+    for _ in range(60):
+        before = last
+        if rng.random() < 0.5:
+            trainer.step += 1
+        else:
+            trainer.epoch, trainer.step = trainer.epoch + 1, 0
+            if rng.random() < 0.4:
+                trainer.best_epoch = trainer.epoch
+        last = trainer.epoch, trainer.step
+        # As Ray does: those that stand alike by their age, and the latest in any case.
+        kept.append((train_worker._standing(trainer), last))
+        kept.sort(key=lambda pair: pair[0])
+        kept = [pair for pair in kept[:-3] if pair[1] == last] + kept[-3:]
+        places = [place for _, place in kept]
+        assert last in places
+        assert before is None or before in places
+        assert not trainer.best_epoch or (trainer.best_epoch, 0) in places
+
+
+def test_checkpoints_are_tried_from_the_latest_to_the_earliest(monkeypatch):
+    def report(path, **metrics):
+        return SimpleNamespace(checkpoint=Checkpoint(path), metrics=metrics)
+
+    reports = [report("/b", epoch=1), report("/d", epoch=2, step=4), report("/c", epoch=2, step=2)]
+    reports.append(report("/a", epoch=1, step=9))
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: reports[1].checkpoint)
+    monkeypatch.setattr("ray.train.get_all_reported_checkpoints", lambda: reports)
+    found = [checkpoint.path for checkpoint in train_worker._reported_checkpoints()]
+    assert found == ["/d", "/c", "/a", "/b"]
+
+
+def test_progress_is_told_without_a_checkpoint(worker):
+    _, reports = worker("train.trainer.report_every_seconds=1e-9", "train.trainer.max_epochs=1")
+    *within, (last, _) = reports
+    assert [metrics["step"] for metrics, _ in within] == list(range(1, within[0][0]["steps"]))
+    assert all(checkpoint is None for _, checkpoint in within)
     assert "step" not in last
 
 
@@ -124,3 +174,72 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, caplog):
     with pytest.raises(TrainingError, match="None of the run's 2 checkpoints is whole"):
         resume_from(checkpoints, make_trainer(max_epochs=9))
     resume_from([], trainer)
+
+
+def test_a_run_that_is_configured_otherwise_is_refused_with_what_differs(tmp_path):
+    save_checkpoint(tmp_path, make_trainer())
+    message = r"batch_size was 16 and is 32; configure what the run began with, or give train.name"
+    with pytest.raises(TrainingError, match=message):
+        resume_from([Checkpoint.from_directory(tmp_path)], make_trainer(batch_size=32))
+
+
+def test_minutes_of_tries_before_count(worker, shop, tmp_path, monkeypatch):
+    settings = [f"train.trainer.{pair}" for pair in ("max_minutes=10", "validate_every=1")]
+    before = build_trainer(worker.plan(*settings), shop.store)
+    before._seconds_before = 601.0
+    assert before.config.max_epochs > 1
+    save_checkpoint(tmp_path / "before", before)
+    kept = [Checkpoint.from_directory(tmp_path / "before")]
+    monkeypatch.setattr(train_worker, "_reported_checkpoints", lambda: kept)
+    _, reports = worker(*settings)
+    assert len(reports) == 1
+
+
+class _Unreachable:
+    """A checkpoint in a store that does not answer."""
+
+    path = "far"
+
+    @contextmanager
+    def as_directory(self):
+        raise OSError("the store does not answer")
+        yield
+
+
+def _resume_as_rank(rank, world_size, folder):
+    """Rank 1 finds its copy of the latest checkpoint damaged, and then cannot reach one."""
+    own = Path(folder) / str(rank)
+    join_ranks(folder, rank, world_size)
+    checkpoints = []
+    for number in (3, 2, 1):
+        trainer = make_trainer(max_epochs=9)
+        trainer.epoch = number
+        with torch.no_grad():
+            trainer.model.item_bias.fill_(number)
+        save_checkpoint(own / str(number), trainer)
+        checkpoints.append(Checkpoint.from_directory(own / str(number)))
+    if rank == 1:
+        (content,) = (own / "3").glob("training-*.pt")
+        content.write_bytes(content.read_bytes()[:100])
+    trainer = make_trainer(max_epochs=9)
+    resume_from(checkpoints, trainer)
+    told = {"epoch": trainer.epoch, "bias": trainer.model.item_bias.detach().clone()}
+    try:
+        resume_from([_Unreachable() if rank == 1 else checkpoints[1], *checkpoints], trainer)
+    except OSError as error:
+        told["error"] = str(error)
+    leave_ranks(told, Path(folder) / f"{rank}.pt")
+
+
+def test_ranks_go_on_from_the_same_checkpoint_or_all_try_again(tmp_path):
+    mp.spawn(_resume_as_rank, args=(2, str(tmp_path)), nprocs=2, join=True)
+    for rank in range(2):
+        told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert told["epoch"] == 2
+        assert (told["bias"] == 2).all()
+        assert told["error"].startswith("1 of 2 workers cannot reach the checkpoint")
+
+
+def test_a_store_that_does_not_answer_is_no_damaged_checkpoint():
+    with pytest.raises(OSError, match=r"far: the store does not answer"):
+        resume_from([_Unreachable()], make_trainer())

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.catalogue import NUM_SPECIAL, PAD
+from recsys.errors import ScoreError
 from recsys.evaluation import block_size, rank_targets, seen_items, top_scores
 from recsys.tokens import TokenStore
 
@@ -103,7 +104,7 @@ def test_seen_items_end_before_the_target(make_store):
 
 
 def test_a_score_that_is_not_a_number_is_an_error(make_store):
-    with pytest.raises(ValueError, match="fixed gave a score that is not a number"):
+    with pytest.raises(ScoreError, match="fixed gave a score that is not a number"):
         rank_last(make_store([[0, 1]]), Fixed(0.0, 1.0, float("nan")))
 
 
@@ -156,7 +157,7 @@ def test_chunks_give_the_largest_scores_of_a_wide_row(seed, num_rows, k):
 def test_a_broken_score_is_found_in_a_wide_row(make_store):
     scores = torch.zeros(1000)
     scores[700] = float("nan")
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ScoreError, match="not a number"):
         rank_last(make_store([[0, 1]]), Fixed(*scores.tolist()))
 
 

@@ -78,3 +78,25 @@ def test_a_model_trains_and_ranks_alike_on_both_devices(shop, recipe):
     on_gpu = rank_targets(ModelScorer(trainer.model, known_F), *arguments).ranks_N
     on_cpu = rank_targets(ModelScorer(trainer.model.cpu(), known_F), *arguments).ranks_N
     assert np.abs(on_gpu - on_cpu).max() <= 1
+
+
+def test_dropout_is_drawn_by_the_seed_of_the_training(shop, monkeypatch):
+    chosen = read_recipe("bert4rec", {"model": {"dim": 32, "max_len": 16}, "batch_size": 16})
+    split = leave_one_out(shop.store.offsets_U)
+
+    def seeds_of_an_epoch(seed):
+        model = NextItemModel(chosen.model, shop.catalogue.num_rows, shop.context.sizes)
+        known_F = shop.context.known_at_request_F
+        trainer = Trainer(
+            chosen, TrainerConfig(), model, shop.store, split, known_F, seed=seed, device=CUDA
+        )
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", drawn.append)
+            trainer.train_epoch()
+        return drawn
+
+    first = seeds_of_an_epoch(0)
+    assert len(set(first)) == len(first) > 0
+    assert first == seeds_of_an_epoch(0)
+    assert not set(first) & set(seeds_of_an_epoch(1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recsys.randomness import Draws, Purpose, mix
+from recsys.randomness import Draws, Purpose, mix, seed_of
 
 _ROWS = torch.arange(1000)
 
@@ -79,3 +79,11 @@ def test_words_are_mixed_as_published():
     states = torch.arange(1, 4) * (0x9E3779B97F4A7C15 - 2**64)
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [word % 2**64 for word in mix(states).tolist()] == expected
+
+
+def test_seeds_differ_by_every_word_and_are_no_sums_of_them():
+    words = [(seed, step, rank) for seed in range(5) for step in range(20) for rank in range(4)]
+    seeds = [seed_of(*chosen) for chosen in words]
+    assert len(set(seeds)) == len(words)
+    assert seeds == [seed_of(*chosen) for chosen in words]
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -18,11 +18,18 @@ _CASES = {
     "sasrec": {"optimiser": {"learning_rate": 5e-3, "item_rows": "touched"}},
     "esasrec": {"loss": {"negatives": {"source": "mixed", "num": 5, "group_size": None}}},
 }
+_IN_PARTS = ("bert4rec", "sasrec", "esasrec")
 
 
-def train(recipe):
+def train(recipe, micro_batches=1):
     # 14 windows a batch: three ranks have parts of different sizes.
-    trainer = make_trainer(recipe, max_epochs=2, batch_size=14, overrides=_CASES[recipe])
+    trainer = make_trainer(
+        recipe,
+        max_epochs=2,
+        batch_size=14,
+        overrides=_CASES[recipe],
+        micro_batches=micro_batches,
+    )
     losses = [trainer.train_epoch() for _ in range(2)]
     return {
         "losses": [report.loss for report in losses],
@@ -40,6 +47,7 @@ def run_rank(rank, world_size, folder):
         "lists": gather_lists(own, [number + 1 for number in range(world_size)]).tolist(),
     }
     told |= {recipe: train(recipe) for recipe in _CASES}
+    told |= {f"{recipe} in parts": train(recipe, micro_batches=2) for recipe in _IN_PARTS}
     leave_ranks(told, Path(folder) / f"{rank}.pt")
 
 
@@ -59,7 +67,15 @@ def test_ranks_tell_each_other_sums_rows_and_lists(three_ranks):
 
 @pytest.mark.parametrize("recipe", _CASES)
 def test_how_many_ranks_train_makes_no_difference(three_ranks, recipe):
-    alone, ranks = train(recipe), [told[recipe] for told in three_ranks]
+    check_same(train(recipe), [told[recipe] for told in three_ranks])
+
+
+@pytest.mark.parametrize("recipe", _IN_PARTS)
+def test_ranks_that_train_in_parts_make_no_difference(three_ranks, recipe):
+    check_same(train(recipe), [told[f"{recipe} in parts"] for told in three_ranks])
+
+
+def check_same(alone, ranks):
     for together in ranks:
         assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert together["ndcg10"] == pytest.approx(alone["ndcg10"], abs=0.02)

@@ -24,7 +24,7 @@ from recsys.trainer import Trainer, TrainerConfig
 _NUM_ITEMS = 20
 
 
-def _cycles(num_users=60, length=12):
+def cycles(num_users=60, length=12):
     """Every user walks round a circle of items, so that the next item is certain."""
     starts = np.arange(num_users)[:, None]
     items = 2 + (starts + np.arange(length)) % _NUM_ITEMS
@@ -38,10 +38,18 @@ def _cycles(num_users=60, length=12):
 
 
 def make_trainer(
-    recipe_name="bert4rec", *, store=None, overrides=None, data=None, batch_size=16, **config
+    recipe_name="bert4rec",
+    *,
+    store=None,
+    overrides=None,
+    data=None,
+    batch_size=16,
+    seed=0,
+    precision="fp32",
+    **config,
 ):
-    """A trainer in fp32; `overrides` are sections of the recipe, `config` is the trainer's."""
-    store, overrides = store or _cycles(), overrides or {}
+    """A trainer; `overrides` are sections of the recipe, `config` is the trainer's."""
+    store, overrides = store or cycles(), overrides or {}
     data = {"split": leave_one_out(store.offsets_U), **(data or {})}
     recipe = read_recipe(
         recipe_name,
@@ -57,11 +65,11 @@ def make_trainer(
     network = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
     return Trainer(
         recipe,
-        TrainerConfig(precision="fp32", **config),
+        TrainerConfig(precision=precision, **config),
         network,
         store,
         known_at_request_F=np.zeros(num_fields, bool),
-        seed=0,
+        seed=seed,
         device=torch.device("cpu"),
         **data,
     )
@@ -87,10 +95,10 @@ def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
     assert reports[-1].ndcg10 > 0.9
 
 
-_PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
+PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
 
 
-def _with_purchases(store, share=0.4):
+def with_purchases(store, share=0.4):
     """The same events as views (1) and purchases (2)."""
     types_T = 1 + (np.random.default_rng(0).random(store.num_tokens) < share)
     return replace(store, context_TF=types_T[:, None].astype(np.uint8))
@@ -102,9 +110,9 @@ def _with_purchases(store, share=0.4):
     [("bert4rec", 0.9), ("sasrec-ce", 0.9), ("rss", 0.75)],
 )
 def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
-    store = _with_purchases(_cycles(num_users=100))
-    split = split_tokens(store, SplitConfig(), _PURCHASES)
-    data = {"split": split, "targets": _PURCHASES}
+    store = with_purchases(cycles(num_users=100))
+    split = split_tokens(store, SplitConfig(), PURCHASES)
+    data = {"split": split, "targets": PURCHASES}
     trainer = make_trainer(recipe, store=store, data=data, max_epochs=60, validate_every=60)
     reports = [trainer.train_epoch() for _ in range(60)]
     assert reports[-1].ndcg10 > ndcg10
@@ -112,7 +120,7 @@ def test_purchases_alone_are_learned_and_validated(recipe, ndcg10):
 
 def test_an_item_that_was_viewed_can_be_the_target_where_seen_items_stay():
     # Everybody walks the circle twice: the target was seen on the first round.
-    store = _cycles(length=30)
+    store = cycles(length=30)
     kept = make_trainer("sasrec-ce", store=store, data={"filter_seen": False})
     assert kept.validate()[1] > 0
     assert make_trainer("sasrec-ce", store=store).validate() == (0, 0)
@@ -130,7 +138,7 @@ def test_a_validation_tells_its_standard_error():
 
 def test_the_loss_of_an_epoch_is_weighted_over_batches():
     # All weights are twice as large: the mean stays.
-    store = _with_purchases(_cycles())
+    store = with_purchases(cycles())
     losses = [
         make_trainer(store=store, data={"targets": TargetEvents(0, weights_V, is_weighted=True)})
         .train_epoch()
@@ -142,11 +150,11 @@ def test_the_loss_of_an_epoch_is_weighted_over_batches():
 
 
 def test_what_the_batch_brings_is_expected_as_often_as_it_is_a_target():
-    store = _with_purchases(_cycles(num_users=1, length=12))  # one user walks ten training events
+    store = with_purchases(cycles(num_users=1, length=12))  # one user walks ten training events
     store.context_TF[:] = [[1]] * 4 + [[2]] * 2 + [[1]] * 6
     split = leave_one_out(store.offsets_U)
     loss = {"negatives": {"source": "in-batch", "group_size": None}}
-    data = {"split": split, "targets": _PURCHASES}
+    data = {"split": split, "targets": PURCHASES}
     trainer = make_trainer("esasrec", store=store, overrides={"loss": loss}, data=data)
     targets = torch.tensor([6, 7])
     drawn = trainer._assembler.sampler.draw(targets, Draws(0, 0, targets), BatchTargets(targets))
@@ -178,15 +186,22 @@ def weights_that_matter(trainer):
     return weights
 
 
-@pytest.mark.parametrize("recipe", _KINDS)
-def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(recipe, tmp_path):
-    unbroken = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [*((recipe, "fp32") for recipe in _KINDS), ("bert4rec", "bf16")]
+)
+def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
+    recipe, precision, tmp_path
+):
+    def make():
+        return make_trainer(recipe, overrides=_KINDS[recipe], precision=precision, max_epochs=3)
+
+    unbroken = make()
     expected = [unbroken.train_epoch() for _ in range(3)]
 
     class KilledError(Exception):
         pass
 
-    first = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+    first = make()
 
     def kill():
         if first.step == 2:
@@ -198,7 +213,7 @@ def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
     losses = [first.train_epoch().loss]
     with pytest.raises(KilledError):
         first.train_epoch(kill)
-    second = make_trainer(recipe, overrides=_KINDS[recipe], max_epochs=3)
+    second = make()
     load_checkpoint(tmp_path, second)
     assert (second.epoch, second.step) == (1, 2)
     losses += [second.train_epoch().loss for _ in range(2)]
@@ -206,6 +221,19 @@ def test_a_run_that_was_cut_off_within_an_epoch_ends_where_an_unbroken_one_ends(
     assert losses == [report.loss for report in expected]
     for name, weight in _weights(unbroken).items():
         assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+def test_training_in_bf16_counts_in_bf16_and_learns_as_much():
+    exact, short = (
+        make_trainer("sasrec-ce", precision=precision, max_epochs=25, validate_every=25)
+        for precision in ("fp32", "bf16")
+    )
+    reports = [[trainer.train_epoch() for _ in range(25)] for trainer in (exact, short)]
+    assert reports[0][0].loss != reports[1][0].loss
+    # bf16 has eight bits: 0.4 % of each number.
+    assert reports[1][0].loss == pytest.approx(reports[0][0].loss, rel=4e-3)
+    assert reports[1][-1].ndcg10 > 0.9
+    assert all(parameter.dtype == torch.float32 for parameter in short.model.parameters())
 
 
 @pytest.mark.parametrize("source", ["uniform", "mixed"])
@@ -263,7 +291,7 @@ def test_a_batch_that_is_too_small_to_be_shared_is_refused():
 
 
 def test_only_new_events_are_learned_and_old_ones_are_read():
-    store = _cycles(num_users=4, length=12)
+    store = cycles(num_users=4, length=12)
     store.timestamps_T[:] = 1_000_000 * (1_000 + np.tile(np.arange(12), 4))
     store.timestamps_T[:12] -= 500_000_000  # nothing new of the first user
     trainer = make_trainer("sasrec-ce", store=store, data={"new_since_s": 1_006}, batch_size=3)
@@ -305,15 +333,76 @@ def test_epochs_between_validations_report_no_metric():
 
 def test_nothing_to_learn_from_is_one_sentence():
     with pytest.raises(TrainingError, match=r"No user has two training events"):
-        make_trainer(store=_cycles(length=3))
+        make_trainer(store=cycles(length=3))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    trainer = make_trainer()
+def _break(trainer):
     with torch.no_grad():
-        trainer.model.item_bias.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"lower optimiser.learning_rate"):
+        trainer.model.item_bias[5] = math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_within_the_epoch():
+    trainer = make_trainer()
+    _break(trainer)
+    with pytest.raises(TrainingError, match=r"The loss of epoch 1 is nan; lower optimiser.learn"):
         trainer.train_epoch()
+    assert trainer.step == 1 < trainer.steps_per_epoch  # the first look comes after the first step
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment"])
+def test_weights_that_are_not_finite_are_neither_kept_nor_validated(broken, tmp_path):
+    trainer = make_trainer()
+    trainer.train_epoch()
+    save_checkpoint(tmp_path, trainer)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    if broken == "weight":
+        _break(trainer)
+    else:
+        moments = trainer._optimiser.parts[0].state[trainer.model.item_bias]
+        moments["exp_avg_sq"][3] = math.inf
+    message = r"after step 0 of epoch 2 are not finite; lower optimiser.learning_rate \(now 0.005\)"
+    with pytest.raises(TrainingError, match=message):
+        save_checkpoint(tmp_path, trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    trainer._progress.started = 0.0
+    with pytest.raises(TrainingError, match=message):
+        trainer.add_up_progress()
+
+
+def test_a_last_step_that_breaks_the_weights_is_found_before_validation():
+    trainer = make_trainer()
+
+    def break_at_the_end():
+        if trainer.step == trainer.steps_per_epoch:
+            _break(trainer)
+
+    with pytest.raises(TrainingError, match=r"Weights .* are not finite"):
+        trainer.train_epoch(break_at_the_end)
+
+
+def test_a_validation_without_numbers_is_an_error_of_the_training():
+    trainer = make_trainer()
+    _break(trainer)
+    with pytest.raises(TrainingError, match=r"scores that are not numbers; lower optimiser.learn"):
+        trainer.validate()
+
+
+def test_progress_within_an_epoch_is_told_and_changes_nothing():
+    told, weights = {}, {}
+    for seconds in (1e-9, 1e9):
+        trainer = make_trainer(max_epochs=2, report_every_seconds=seconds)
+        news = told[seconds] = []
+        for _ in range(2):
+            trainer.train_epoch(lambda news=news, trainer=trainer: news.append(trainer.news))
+        weights[seconds] = _weights(trainer)
+    steps = [(report["epoch"], report["step"]) for report in told[1e-9] if report]
+    last = trainer.steps_per_epoch
+    # Of the last step the report of the epoch tells.
+    assert steps == [(epoch, step) for epoch in (0, 1) for step in range(1, last)]
+    assert told[1e-9][0]["steps"] == last > 2
+    assert told[1e-9][0]["loss"] > 0 < told[1e-9][0]["tokens_per_s"]
+    assert told[1e9] == [None] * (2 * last)
+    assert all(torch.equal(weight, weights[1e9][name]) for name, weight in weights[1e-9].items())
 
 
 def test_the_rate_climbs_and_then_falls_to_its_final_share():
@@ -324,10 +413,12 @@ def test_the_rate_climbs_and_then_falls_to_its_final_share():
     assert scheduled_rate(config, 100, 100) == pytest.approx(0.1)
 
 
-def test_only_matrices_of_linear_layers_decay():
+def test_the_optimiser_is_fused_and_only_matrices_of_linear_layers_decay():
     trainer = make_trainer()
     (part,) = Optimiser(trainer.model, OptimiserConfig()).parts
+    assert isinstance(part, torch.optim.AdamW)
     decayed, kept = part.param_groups
+    assert decayed["fused"] is kept["fused"] is True
     assert decayed["weight_decay"] > 0
     assert kept["weight_decay"] == 0
     assert all(parameter.ndim == 2 for parameter in decayed["params"])

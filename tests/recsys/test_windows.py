@@ -118,3 +118,12 @@ def test_users_without_a_target_have_no_window():
     windows = Windows(store, whole_sequences(store.offsets_U), 10, _CPU, is_target)
     ((starts, _, _),) = windows.batches(1, seed=0)
     assert starts.tolist() == [0]
+
+
+def test_batches_hold_windows_of_similar_length_in_any_order():
+    # 256 windows of 2 to 257 events: 32 batches of 8, which is what is ordered at once.
+    windows = _windows(np.random.default_rng(0).permutation(np.arange(4, 260)), max_len=300)
+    batches = [batch.lengths_B for batch in windows.batches(8, seed=0)]
+    assert [int(lengths.max() - lengths.min()) for lengths in batches] == [7] * 32
+    shortest = [int(lengths.min()) for lengths in batches]
+    assert sorted(shortest) == list(range(2, 258, 8)) != shortest
