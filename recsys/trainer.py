@@ -19,6 +19,7 @@ from recsys.assembly import Assembler, Piece
 from recsys.compilation import compile_blocks, leave_eager, run_eagerly
 from recsys.errors import OutOfMemoryError, TrainingError
 from recsys.fingerprint import refuse_another, take_fingerprint
+from recsys.heap import Heap
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
@@ -140,7 +141,7 @@ class Trainer:
         """Standard error of NDCG@10 in the last validation."""
         self._validations_without_gain = 0
         self._progress = Progress()
-        self._watch = Watch(config.report_every_seconds, device)
+        self._watch, self._heap = Watch(config.report_every_seconds, device), Heap()
         self.news: dict[str, float] | None = None
         """Progress that is to be told after this step, on every rank; see `add_up_progress`."""
         self._since_s, self._seconds_before = time.perf_counter(), 0.0
@@ -231,6 +232,7 @@ class Trainer:
     def _look_at_progress(self) -> None:
         self.news = None
         if self._watch.is_due():
+            self._heap.tend()
             progress = self._describe(sum_over_ranks(self._progress.sums(), self.device))
             # The report of the epoch says as much as that of its last step.
             if self._watch.look() and self.step < self.steps_per_epoch:

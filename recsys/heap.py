@@ -1,0 +1,34 @@
+"""The heap that the C library keeps for a process."""
+
+import ctypes
+import time
+from collections.abc import Callable
+
+_EVERY_S = 60.0
+
+
+class Heap:
+    """Gives back what lies free in the heap, now and then.
+
+    Batches of ever new shapes leave holes between what lives long, and glibc returns none of them
+    by itself: a training on a CPU grew by half in 20 epochs. It costs the time in which the pages
+    are faulted in again, under 1 % at this distance. Of other C libraries nothing is asked.
+
+    Args:
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self, every_s: float = _EVERY_S, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._every_s, self._clock = every_s, clock
+        self._trimmed_at = clock()
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def tend(self) -> bool:
+        """Trims when it is time, and says whether it did. It changes no value."""
+        if self._trim is None or self._clock() - self._trimmed_at < self._every_s:
+            return False
+        self._trim(0)
+        self._trimmed_at = self._clock()
+        return True
