@@ -25,8 +25,9 @@ loading: from the sequences table of a million users to the first batch. gpu: se
 
 RecTools is installed in an environment of its own, which is kept for the next time. Without an
 option that changes figures, each case is written to `results/training.json` as soon as it is
-measured, in place of what was there of it, and `training.md` is rendered from all. The last line
-printed is one JSON object.
+measured, in place of what was there of it, and `training.md` is rendered from all. Each case prints
+a line with all that it found. The last line printed is one JSON object with, for each case that is
+trained beside RecTools, the keys `LAST_LINE` alone; the other cases have no peer and are not in it.
 """
 
 import argparse
@@ -58,6 +59,15 @@ RESULTS = Path(__file__).parent / "results"
 OTHERS = ("scaling", "loading", "gpu")
 PRECISIONS = {"ours": "auto", "ours, fp32": "fp32"}
 SIDES = ("ours", PEER, "ours, fp32")
+LAST_LINE = (
+    "recipe",
+    "ours_tokens_per_s",
+    "peer",
+    "peer_tokens_per_s",
+    "ratio",
+    "ours_ndcg10",
+    "peer_ndcg10",
+)
 _CHANGES_FIGURES = ("epochs", "rounds", "threads", "quick")
 
 
@@ -159,11 +169,8 @@ def compare_sides(recipe: str, trained: dict[str, list[Trained]]) -> dict[str, A
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
-    """The last line: each case without its machine and its sides in full."""
-    return {
-        name: {key: value for key, value in case.items() if key not in ("machine", "sides")}
-        for name, case in found.items()
-    }
+    """The last line: what both sides of each compared case came to."""
+    return {name: {key: found[name][key] for key in LAST_LINE} for name in CASES if name in found}
 
 
 def record(found: dict[str, Any], results: Path) -> None:
