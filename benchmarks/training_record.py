@@ -98,7 +98,7 @@ def _render_loading(found: dict[str, Any]) -> str:
 def _render_gpu(found: dict[str, Any]) -> str:
     if not found["is_measured"]:
         return f"## GPU\n\nNot measured: {found['reason']}\n"
-    epoch = found["epoch"]
+    epoch, plan = found["epoch"], found["projection"]
     share = epoch["utilisation"]
     lines = [
         "## GPU",
@@ -108,8 +108,17 @@ def _render_gpu(found: dict[str, Any]) -> str:
         f"{epoch['tflops_per_s']} TFLOP/s of the model's own products"
         + (f", {share:.1%} of the data sheet's." if share else "."),
         "",
-        "| 2 M items x 256, batch 256 x 50 | peak memory, GiB |",
-        "|---|---|",
-        *[f"| {name} | {of['peak_gib']} |" for name, of in found["memory"].items()],
+        f"Hours are projected, not measured: {plan['users']:,} users x {plan['events']} training "
+        "events, over the tokens/s of the row; on one such device, without reading the data, "
+        "validations and checkpoints.",
+        "",
+        f"| 2 M items x 256, batch 256 x 50 | peak memory, GiB | tokens/s | h an epoch "
+        f"| h of {plan['epochs']} epochs |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {name} | {of['peak_gib']} | {of['tokens_per_s']:,} | {of['projected_epoch_h']:.2f} "
+            f"| {plan['epochs'] * of['projected_epoch_h']:.1f} |"
+            for name, of in found["large"].items()
+        ],
     ]
     return "\n".join(lines) + "\n"

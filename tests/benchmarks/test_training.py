@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import published, training, training_gpu, training_ray, training_sides
+from benchmarks import evaluation, published, training, training_gpu, training_ray, training_sides
 from benchmarks.published import Events, read_dataset
 from benchmarks.training import choose_cases, compare_sides, make_parser, record
 from benchmarks.training_cases import CASES, Case, find_case, peer_options
-from benchmarks.training_gpu import Work, count_work, measure_epoch, training_flops
+from benchmarks.training_gpu import (
+    LARGE,
+    Projection,
+    Work,
+    count_work,
+    measure_epoch,
+    measure_large,
+    read_large,
+    training_flops,
+)
 from benchmarks.training_ray import QUICK, Size, draw_sequences, measure_loading, measure_scaling
 from benchmarks.training_record import render
 from benchmarks.training_sides import (
@@ -282,6 +291,47 @@ def test_an_epoch_is_measured_on_any_device(circle):
     found = measure_epoch("circle", torch.device("cpu"), recipe)
     assert found["epoch_s"] >= 0
     assert found["utilisation"] is None
+
+
+def test_a_projection_is_tokens_over_tokens_a_second():
+    # 1,000 users x 36 events at 10 tokens/s: 3,600 s.
+    assert Projection(users=1_000, events=36).epoch_h(10.0) == 1.0
+
+
+def test_the_large_catalogue_is_learned_in_each_way_that_is_claimed():
+    recipes = {name: read_large(overrides) for name, overrides in LARGE.items()}
+    ways = [(of.loss.kind, of.optimiser.item_rows) for of in recipes.values()]
+    assert ways == [
+        ("full-softmax", "all"),
+        *(("sampled-softmax", rows) for rows in ("all", "touched")),
+        *(("gbce", rows) for rows in ("all", "touched")),
+    ]
+    sizes = {(of.batch_size, of.model.max_len, of.model.dim) for of in recipes.values()}
+    assert sizes == {(256, 50, 256)}
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_a_large_catalogue_is_measured_on_any_device(name):
+    model = {"dim": 16, "num_layers": 1, "num_heads": 1, "max_len": 8}
+    recipe = read_large({**LARGE[name], "batch_size": 8, "model": model})
+    found = measure_large(evaluation.Size(16, 60, 10), torch.device("cpu"), recipe)
+    assert found["peak_gib"] is None
+    assert found["tokens_per_s"] > 0
+    hours = Projection().epoch_h(found["tokens_per_s"])
+    assert found["projected_epoch_h"] == pytest.approx(hours, abs=0.1, rel=0.01)
+
+
+def test_the_record_of_a_gpu_says_what_is_projected(monkeypatch):
+    epoch = {"epoch_s": 1.0, "tokens_per_s": 9, "tflops_per_s": 2.0, "utilisation": None}
+    large = {"peak_gib": 7.5, "tokens_per_s": 90_000, "projected_epoch_h": 1.54}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(training_gpu, "measure_epoch", lambda *_: epoch)
+    monkeypatch.setattr(training_gpu, "measure_large", lambda *_: large)
+    text = render({"gpu": {"machine": "2 cores", **training_gpu.measure_gpu()}})
+    assert "projected, not measured: 10,000,000 users x 50 training events" in text
+    for name in LARGE:
+        assert f"| {name} | 7.5 | 90,000 | 1.54 | 15.4 |" in text
 
 
 def test_drawn_sequences_have_the_size_that_was_asked():
