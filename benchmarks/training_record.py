@@ -19,7 +19,12 @@ def render(found: dict[str, Any]) -> str:
     compared = {name: found[name] for name in CASES if name in found}
     if compared:
         parts.append(_render_compared(compared))
-    renderers = {"scaling": _render_scaling, "loading": _render_loading, "gpu": _render_gpu}
+    renderers = {
+        "scaling": _render_scaling,
+        "loading": _render_loading,
+        "compile": _render_compile,
+        "gpu": _render_gpu,
+    }
     parts += [
         f"{renderers[name](found[name])}\n{found[name]['machine']}.\n"
         for name in renderers
@@ -92,6 +97,18 @@ def _render_loading(found: dict[str, Any]) -> str:
         "## Loading\n\n"
         f"From the sequences table of {found['users']:,} users to the first batch: "
         f"{found['seconds']:.1f} s ({stages}).\n"
+    )
+
+
+def _render_compile(found: dict[str, Any]) -> str:
+    if not found["is_measured"]:
+        return f"## Compiled\n\nNot measured: {found['reason']}.\n"
+    return (
+        "## Compiled\n\n"
+        f"{found['recipe']} on {found['dataset']}, {found['dtype']}, {found['threads']} threads, "
+        f"medians of {found['epochs']} epochs, with and without torch.compile in turn: "
+        f"{found['compiled_epoch_s']:.1f} s an epoch compiled, {found['eager_epoch_s']:.1f} s as "
+        f"written, so that compiling saves {found['saved']:.1%} of it.\n"
     )
 
 

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evaluation, published, training, training_gpu, training_ray, training_sides
+from benchmarks import (
+    evaluation,
+    published,
+    training,
+    training_compile,
+    training_gpu,
+    training_ray,
+    training_sides,
+)
 from benchmarks.published import Events, read_dataset
 from benchmarks.training import choose_cases, compare_sides, make_parser, record
 from benchmarks.training_cases import CASES, Case, find_case, peer_options
+from benchmarks.training_compile import measure_compile
 from benchmarks.training_gpu import (
     LARGE,
     Projection,
@@ -35,6 +44,7 @@ from benchmarks.training_sides import (
     train_here,
     write_events,
 )
+from recsys import trainer as trainer_module
 from recsys.context import NO_TIME
 from recsys.metrics import mean_accuracy
 from recsys.model_config import ModelConfig
@@ -272,6 +282,40 @@ def test_cases_that_were_not_measured_again_stay_in_the_record(tmp_path):
     text = (tmp_path / "training.md").read_text()
     assert "first batch: 8.0 s" in text
     assert "| bert4rec | ours |" in text
+
+
+def test_compiled_and_eager_epochs_take_turns(circle, monkeypatch):
+    asked = []
+
+    def answer(trainer):
+        asked.append(trainer.config.compile)
+        return [9.0, 9.0, 4.0, 3.0, 4.0, 3.0][len(asked) - 1]
+
+    monkeypatch.setattr(trainer_module, "compile_blocks", lambda *_: "")
+    monkeypatch.setattr(training_compile, "_train_epoch_s", answer)
+    found = measure_compile(Plan(epochs=2, threads=1, seed=1, quick=True))
+    assert asked == [False, True] * 3
+    assert (found["eager_epoch_s"], found["compiled_epoch_s"], found["saved"]) == (4.0, 3.0, 0.25)
+    text = render({"compile": {"machine": "2 cores", **found}})
+    assert "3.0 s an epoch compiled, 4.0 s as written, so that compiling saves 25.0% of it" in text
+
+
+def test_without_a_compiler_nothing_is_compared(circle, monkeypatch):
+    monkeypatch.setattr(trainer_module, "compile_blocks", lambda *_: "no g++")
+    found = measure_compile(Plan(epochs=1, threads=1, seed=1, quick=True))
+    assert found == {"is_measured": False, "reason": "no g++"}
+    assert "Not measured: no g++." in render({"compile": {"machine": "2 cores", **found}})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1_800)
+@pytest.mark.filterwarnings("ignore:::torch")
+def test_compiled_epochs_are_measured(circle):
+    found = measure_compile(Plan(epochs=1, threads=1, seed=1, quick=True))
+    torch._dynamo.reset()
+    if not found["is_measured"]:
+        pytest.skip(found["reason"])
+    assert min(found["eager_epoch_s"], found["compiled_epoch_s"]) > 0
 
 
 def test_work_is_counted_window_by_window():
