@@ -21,12 +21,14 @@ validation targets after the last epoch, among the whole catalogue without the i
 RecTools hands over lists, and both are measured by `recsys.metrics`.
 
 scaling: an epoch of the plain trainer and under Ray Train with 1, 2 and 4 workers of one thread.
-loading: from the sequences table of a million users to the first batch. gpu: see `training_gpu`.
+loading: from the sequences table of a million users to the first batch. compile: an epoch with and
+without torch.compile, taking turns. gpu: see `training_gpu`.
 
 RecTools is installed in an environment of its own, which is kept for the next time. Without an
 option that changes figures, each case is written to `results/training.json` as soon as it is
-measured, in place of what was there of it, and `training.md` is rendered from all. The last line
-printed is one JSON object.
+measured, in place of what was there of it, and `training.md` is rendered from all. Each case prints
+a line with all that it found. The last line printed is one JSON object with, for each case that is
+trained beside RecTools, the keys `LAST_LINE` alone; the other cases have no peer and are not in it.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from typing import Any
 
 from benchmarks.measure import machine
 from benchmarks.training_cases import CASES, find_case
+from benchmarks.training_compile import measure_compile
 from benchmarks.training_gpu import measure_gpu
 from benchmarks.training_ray import LOADING, QUICK, SCALING, measure_loading, measure_scaling
 from benchmarks.training_record import render
@@ -55,9 +58,18 @@ from benchmarks.training_sides import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-OTHERS = ("scaling", "loading", "gpu")
+OTHERS = ("scaling", "loading", "compile", "gpu")
 PRECISIONS = {"ours": "auto", "ours, fp32": "fp32"}
 SIDES = ("ours", PEER, "ours, fp32")
+LAST_LINE = (
+    "recipe",
+    "ours_tokens_per_s",
+    "peer",
+    "peer_tokens_per_s",
+    "ratio",
+    "ours_ndcg10",
+    "peer_ndcg10",
+)
 _CHANGES_FIGURES = ("epochs", "rounds", "threads", "quick")
 
 
@@ -105,6 +117,7 @@ def measure_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "scaling": lambda: measure_scaling(QUICK if arguments.quick else SCALING),
         "loading": lambda: measure_loading(QUICK if arguments.quick else LOADING),
+        "compile": lambda: measure_compile(make_plan(arguments)),
         "gpu": measure_gpu,
     }
     for name in names:
@@ -120,7 +133,7 @@ def compare(name: str, arguments: argparse.Namespace, python: Path | None) -> di
     """Both sides of a case, in turn, and ours in fp32; `python` is the peer's, None without it."""
     trained: dict[str, list[Trained]] = {}
     for number in range(1, arguments.rounds + 1):
-        plan = Plan(arguments.epochs, arguments.threads, number, arguments.quick)
+        plan = make_plan(arguments, seed=number)
         for side in SIDES:
             if side in PRECISIONS:
                 one = train_ours(name, plan, PRECISIONS[side])
@@ -138,6 +151,11 @@ def compare(name: str, arguments: argparse.Namespace, python: Path | None) -> di
         "epochs": arguments.epochs,
         "threads": arguments.threads,
     }
+
+
+def make_plan(arguments: argparse.Namespace, seed: int = 1) -> Plan:
+    """How a side trains, by the command line."""
+    return Plan(arguments.epochs, arguments.threads, seed, arguments.quick)
 
 
 def compare_sides(recipe: str, trained: dict[str, list[Trained]]) -> dict[str, Any]:
@@ -159,11 +177,8 @@ def compare_sides(recipe: str, trained: dict[str, list[Trained]]) -> dict[str, A
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
-    """The last line: each case without its machine and its sides in full."""
-    return {
-        name: {key: value for key, value in case.items() if key not in ("machine", "sides")}
-        for name, case in found.items()
-    }
+    """The last line: what both sides of each compared case came to."""
+    return {name: {key: found[name][key] for key in LAST_LINE} for name in CASES if name in found}
 
 
 def record(found: dict[str, Any], results: Path) -> None:

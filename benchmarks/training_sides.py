@@ -105,7 +105,9 @@ def train_here(case: Case, plan: Plan, precision: str) -> Trained:
     )
 
 
-def make_trainer(case: Case, dataset: Dataset, plan: Plan, precision: str) -> Trainer:
+def make_trainer(
+    case: Case, dataset: Dataset, plan: Plan, precision: str, *, compiled: bool = False
+) -> Trainer:
     """A trainer of an untrained model; its own validation is one user, once."""
     recipe = case.read_recipe()
     torch.manual_seed(plan.seed)
@@ -114,6 +116,7 @@ def make_trainer(case: Case, dataset: Dataset, plan: Plan, precision: str) -> Tr
         validate_every=plan.epochs,
         validation_users=1,
         precision=precision,
+        compile=compiled,
     )
     return Trainer(
         recipe,

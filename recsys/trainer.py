@@ -142,6 +142,7 @@ class Trainer:
         self._validations_without_gain = 0
         self._progress = Progress()
         self._watch, self._heap = Watch(config.report_every_seconds, device), Heap()
+        self._heap.bound_kernels()
         self.news: dict[str, float] | None = None
         """Progress that is to be told after this step, on every rank; see `add_up_progress`."""
         self._since_s, self._seconds_before = time.perf_counter(), 0.0

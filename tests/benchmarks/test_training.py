@@ -8,11 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import published, training, training_gpu, training_ray, training_sides
+from benchmarks import (
+    evaluation,
+    published,
+    training,
+    training_compile,
+    training_gpu,
+    training_ray,
+    training_sides,
+)
 from benchmarks.published import Events, read_dataset
-from benchmarks.training import choose_cases, compare_sides, make_parser, record, summarise
+from benchmarks.training import choose_cases, compare_sides, make_parser, record
 from benchmarks.training_cases import CASES, Case, find_case, peer_options
-from benchmarks.training_gpu import Work, count_work, measure_epoch, training_flops
+from benchmarks.training_compile import measure_compile
+from benchmarks.training_gpu import (
+    LARGE,
+    Projection,
+    Work,
+    count_work,
+    measure_epoch,
+    measure_large,
+    read_large,
+    training_flops,
+)
 from benchmarks.training_ray import QUICK, Size, draw_sequences, measure_loading, measure_scaling
 from benchmarks.training_record import render
 from benchmarks.training_sides import (
@@ -26,6 +44,7 @@ from benchmarks.training_sides import (
     train_here,
     write_events,
 )
+from recsys import trainer as trainer_module
 from recsys.context import NO_TIME
 from recsys.metrics import mean_accuracy
 from recsys.model_config import ModelConfig
@@ -131,19 +150,25 @@ def test_without_the_peer_there_is_no_ratio():
     assert "not measured" in render({"bert4rec": _with_plan(found)})
 
 
-def test_the_last_line_names_what_was_asked():
-    (line,) = summarise(
-        {"bert4rec": compare_sides("b", {"ours": [_OURS], PEER: [_PEERS]})}
-    ).values()
-    assert list(line) == [
-        "recipe",
-        "ours_tokens_per_s",
-        "peer",
-        "peer_tokens_per_s",
-        "ratio",
-        "ours_ndcg10",
-        "peer_ndcg10",
-    ]
+def test_the_last_line_names_what_was_asked(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training, "prepare_peer", lambda folder: folder)
+    monkeypatch.setattr(training, "train_ours", lambda *_: _OURS)
+    monkeypatch.setattr(training, "train_peer", lambda *_: _PEERS)
+    monkeypatch.setattr(training, "measure_gpu", lambda: {"is_measured": False, "reason": "none"})
+    arguments = ["--quick", "--peers-env", str(tmp_path), "--case", "sasrec", "gpu"]
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    training.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "sasrec": {
+            "recipe": "sasrec-ce",
+            "ours_tokens_per_s": 100,
+            "peer": PEER,
+            "peer_tokens_per_s": 25,
+            "ratio": 4.0,
+            "ours_ndcg10": 0.12,
+            "peer_ndcg10": 0.1,
+        }
+    }
 
 
 def test_the_record_shows_each_side_and_what_was_not_measured():
@@ -228,7 +253,7 @@ def test_a_quick_run_prints_one_object_and_records_nothing(circle, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["training", "--quick", "--epochs", "1", "--threads", "1"])
     training.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(found) == {"bert4rec", "sasrec", "gpu"}
+    assert set(found) == {"bert4rec", "sasrec"}
     assert found["bert4rec"]["ours_tokens_per_s"] > 0
     assert found["bert4rec"]["ratio"] is None
     assert not list(tmp_path.iterdir())
@@ -259,6 +284,40 @@ def test_cases_that_were_not_measured_again_stay_in_the_record(tmp_path):
     assert "| bert4rec | ours |" in text
 
 
+def test_compiled_and_eager_epochs_take_turns(circle, monkeypatch):
+    asked = []
+
+    def answer(trainer):
+        asked.append(trainer.config.compile)
+        return [9.0, 9.0, 4.0, 3.0, 4.0, 3.0][len(asked) - 1]
+
+    monkeypatch.setattr(trainer_module, "compile_blocks", lambda *_: "")
+    monkeypatch.setattr(training_compile, "_train_epoch_s", answer)
+    found = measure_compile(Plan(epochs=2, threads=1, seed=1, quick=True))
+    assert asked == [False, True] * 3
+    assert (found["eager_epoch_s"], found["compiled_epoch_s"], found["saved"]) == (4.0, 3.0, 0.25)
+    text = render({"compile": {"machine": "2 cores", **found}})
+    assert "3.0 s an epoch compiled, 4.0 s as written, so that compiling saves 25.0% of it" in text
+
+
+def test_without_a_compiler_nothing_is_compared(circle, monkeypatch):
+    monkeypatch.setattr(trainer_module, "compile_blocks", lambda *_: "no g++")
+    found = measure_compile(Plan(epochs=1, threads=1, seed=1, quick=True))
+    assert found == {"is_measured": False, "reason": "no g++"}
+    assert "Not measured: no g++." in render({"compile": {"machine": "2 cores", **found}})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1_800)
+@pytest.mark.filterwarnings("ignore:::torch")
+def test_compiled_epochs_are_measured(circle):
+    found = measure_compile(Plan(epochs=1, threads=1, seed=1, quick=True))
+    torch._dynamo.reset()
+    if not found["is_measured"]:
+        pytest.skip(found["reason"])
+    assert min(found["eager_epoch_s"], found["compiled_epoch_s"]) > 0
+
+
 def test_work_is_counted_window_by_window():
     recipe = read_recipe("bert4rec", {"model": {"max_len": 10}})
     assert count_work(np.array([25, 4]), recipe) == Work(29, 100 + 100 + 25 + 16, 29 * 0.2)
@@ -276,6 +335,47 @@ def test_an_epoch_is_measured_on_any_device(circle):
     found = measure_epoch("circle", torch.device("cpu"), recipe)
     assert found["epoch_s"] >= 0
     assert found["utilisation"] is None
+
+
+def test_a_projection_is_tokens_over_tokens_a_second():
+    # 1,000 users x 36 events at 10 tokens/s: 3,600 s.
+    assert Projection(users=1_000, events=36).epoch_h(10.0) == 1.0
+
+
+def test_the_large_catalogue_is_learned_in_each_way_that_is_claimed():
+    recipes = {name: read_large(overrides) for name, overrides in LARGE.items()}
+    ways = [(of.loss.kind, of.optimiser.item_rows) for of in recipes.values()]
+    assert ways == [
+        ("full-softmax", "all"),
+        *(("sampled-softmax", rows) for rows in ("all", "touched")),
+        *(("gbce", rows) for rows in ("all", "touched")),
+    ]
+    sizes = {(of.batch_size, of.model.max_len, of.model.dim) for of in recipes.values()}
+    assert sizes == {(256, 50, 256)}
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_a_large_catalogue_is_measured_on_any_device(name):
+    model = {"dim": 16, "num_layers": 1, "num_heads": 1, "max_len": 8}
+    recipe = read_large({**LARGE[name], "batch_size": 8, "model": model})
+    found = measure_large(evaluation.Size(16, 60, 10), torch.device("cpu"), recipe)
+    assert found["peak_gib"] is None
+    assert found["tokens_per_s"] > 0
+    hours = Projection().epoch_h(found["tokens_per_s"])
+    assert found["projected_epoch_h"] == pytest.approx(hours, abs=0.1, rel=0.01)
+
+
+def test_the_record_of_a_gpu_says_what_is_projected(monkeypatch):
+    epoch = {"epoch_s": 1.0, "tokens_per_s": 9, "tflops_per_s": 2.0, "utilisation": None}
+    large = {"peak_gib": 7.5, "tokens_per_s": 90_000, "projected_epoch_h": 1.54}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(training_gpu, "measure_epoch", lambda *_: epoch)
+    monkeypatch.setattr(training_gpu, "measure_large", lambda *_: large)
+    text = render({"gpu": {"machine": "2 cores", **training_gpu.measure_gpu()}})
+    assert "projected, not measured: 10,000,000 users x 50 training events" in text
+    for name in LARGE:
+        assert f"| {name} | 7.5 | 90,000 | 1.54 | 15.4 |" in text
 
 
 def test_drawn_sequences_have_the_size_that_was_asked():

@@ -1,6 +1,8 @@
 """What lies free in the heap goes back to the system."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,3 +35,50 @@ def test_holes_between_what_lives_go_back_to_the_system():
     freed = before - psutil.Process(os.getpid()).memory_info().rss
     assert freed > 100 * 2**20, f"{freed:,} of about 200,000,000 bytes"
     assert pieces[1].sum() == 5_000
+
+
+_MANY_SHAPES = """
+import os, sys
+import psutil, torch
+from recsys.heap import Heap
+
+if sys.argv[1] == "bounded":
+    Heap.bound_kernels()
+torch.set_num_threads(1)
+right = torch.ones(64, 256, dtype=torch.bfloat16)
+
+def multiply(sizes):
+    for size in sizes:
+        torch.ones(size, 64, dtype=torch.bfloat16) @ right
+    return psutil.Process(os.getpid()).memory_info().rss
+
+first = multiply(range(100, 200))
+print(multiply(range(200, 900)) - first)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_of_ever_new_shapes_are_not_kept():
+    grew = {}
+    for how in ("bounded", "as it comes"):
+        environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+        done = subprocess.run(
+            [sys.executable, "-c", _MANY_SHAPES, how],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        grew[how] = int(done.stdout)
+    if grew["as it comes"] < 20 * 2**20:
+        pytest.skip("products in bf16 are not made by oneDNN here")
+    assert grew["bounded"] < grew["as it comes"] / 4, grew
+
+
+def test_what_the_environment_says_of_kernels_counts(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "9")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    Heap.bound_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "9"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
