@@ -88,7 +88,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(worker, monkeypatch):
 
 def test_figures_are_told_when_another_worker_has_less_memory(worker, monkeypatch):
     def gather(rows_R1):
-        return torch.cat([rows_R1, rows_R1.new_tensor([[10**6]])])
+        return torch.cat([rows_R1, rows_R1.new_tensor([[1_000]])])
 
     monkeypatch.setattr(train_worker, "gather_rows", gather)
     monkeypatch.setattr(train_worker, "build_trainer", pytest.fail)
