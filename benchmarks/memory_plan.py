@@ -113,6 +113,7 @@ def measure(case: Case, kind: str) -> dict[str, Any]:
         num_tokens=_size(recipe, case.items).users * _size(recipe, case.items).events,
         context_sizes=(),
         dtype=trainer.dtype,
+        validation_users=1,
         is_cuda=device.type == "cuda",
     )
     plan = plan_memory(recipe, workload)

@@ -201,6 +201,7 @@ def _refuse_what_cannot_fit(plan: WorkerPlan, store: TokenStore) -> None:
         is_cuda=device.type == "cuda",
         has_bf16=choose_dtype("auto", device) == torch.bfloat16,
         has_weights=plan.start_weights is not None,
+        validation_users=trainer.validation_users,
     )
     available_R1 = gather_rows(torch.tensor([[_available_bytes(device)]], device=device))
     reason = ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recsys.batches import Batch, BatchMaker, ObjectiveConfig
 from recsys.catalogue import NUM_SPECIAL
+from recsys.evaluation import block_size
 from recsys.losses import block_bytes
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
@@ -25,8 +26,8 @@ _TRANSIENT = 1.25
 _COPIES_OF_ROWS = 6
 """Gradients of the rows and what `torch.optim.SparseAdam` computes of them at a time."""
 _HEAP = 0.8
-"""Freed blocks that the heap of a CPU's process keeps and cannot use again, in shares of what comes
-and goes in each step: a margin, as measured in the first dozen steps."""
+"""Freed blocks that the heap of a CPU's process keeps and cannot use again, in shares of what loss
+and encoder take and free in each step: a margin, as measured in the first dozen steps."""
 _GB = 1e9
 
 
@@ -46,6 +47,8 @@ class Workload:
     """Whether the device multiplies it natively."""
     has_weights: bool = False
     """Whether training starts from weights, which the model has to fit."""
+    validation_users: int = 0
+    """Of all workers."""
 
     def share(self, recipe: Recipe) -> int:
         """Windows of a batch that are this worker's."""
@@ -58,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by what they are for."""
+    """Bytes by what they are for; those for a validation are what it needs beyond a step."""
 
     parts: dict[str, int]
 
@@ -81,14 +84,20 @@ def plan_memory(recipe: Recipe, workload: Workload) -> MemoryPlan:
     # DDP exchanges gradients from buckets of its own.
     copies = 1 if workload.num_workers == 1 else 2
     loss, activations = _loss_bytes(recipe, workload), _activation_bytes(recipe, workload)
+    of_step = {
+        "gradients": 4 * dense * copies,
+        "touched": _touched_bytes(recipe, workload) if is_touched else 0,
+        "loss": loss,
+        "activations": activations,
+    }
+    # What a step needs is free again when the model is validated.
+    beyond_step = _validation_bytes(recipe, workload) - sum(of_step.values())
     return MemoryPlan(
         {
             "weights": 4 * weights + codes,
             "moments": 8 * weights,
-            "gradients": 4 * dense * copies,
-            "touched": _touched_bytes(recipe, workload) if is_touched else 0,
-            "loss": loss,
-            "activations": activations,
+            **of_step,
+            "validation": max(0, beyond_step),
             "heap": 0 if workload.is_cuda else int(_HEAP * (loss + activations)),
             "tokens": workload.num_tokens * (8 + len(workload.context_sizes)),
         }
@@ -105,6 +114,17 @@ def _count_weights(
     weights = sum(parameter.numel() for parameter in model.parameters())
     of_items = sum(table.numel() for table in model.item_parameters)
     return weights, of_items, sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _validation_bytes(recipe: Recipe, workload: Workload) -> int:
+    """The scores of a block of users, and for states that are not fp32 the products before and the
+    table in their dtype; codes give fp32 by themselves.
+    """
+    element = torch.empty(0, dtype=workload.dtype).element_size()
+    rounded = element * (element < 4 and recipe.model.item_codes is None)
+    users = math.ceil(workload.validation_users / workload.num_workers)
+    of_scores = min(users, block_size(workload.num_rows)) * (4 + rounded)
+    return workload.num_rows * (of_scores + rounded * recipe.model.dim)
 
 
 def _loss_bytes(recipe: Recipe, workload: Workload) -> int:

@@ -110,6 +110,22 @@ def test_activations_grow_with_the_batch_and_shrink_with_its_parts(recipe):
     assert halves == one
 
 
+def test_a_validation_needs_scores_of_users_and_a_rounded_table_instead_of_a_step():
+    recipe = read_recipe("sasrec-ce", {"batch_size": 1})
+    load = replace(_LOAD, dtype=torch.bfloat16, is_cuda=True)
+    alone, shared = (
+        plan_memory(recipe, replace(load, validation_users=number, num_workers=workers)).parts
+        for number, workers in ((5_000, 1), (600, 2))
+    )
+    of_step = sum(alone[name] for name in ("gradients", "loss", "activations"))
+    # 512 users at most; a score in bf16 and in fp32, and 64 numbers an item in bf16.
+    assert alone["validation"] == 100_000 * (512 * 6 + 64 * 2) - of_step
+    more_gradients = shared["gradients"] - alone["gradients"]
+    expected = 100_000 * (300 * 6 + 64 * 2) - of_step - more_gradients
+    assert shared["validation"] == expected
+    assert plan_memory(recipe, load).parts["validation"] == 0
+
+
 def test_the_heap_of_a_cpu_is_planned_with_a_margin():
     recipe = read_recipe("sasrec-ce")
     cpu, gpu = (plan_memory(recipe, replace(_LOAD, is_cuda=on)).parts for on in (False, True))
