@@ -21,9 +21,10 @@ from ray_jobs.sequences_reader import Vocabulary, collect_tokens
 from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
 from recsys.item_codes import agree_on_codes
-from recsys.memory_plan import Workload, refuse_what_cannot_fit
+from recsys.memory_advice import refuse_what_cannot_fit
+from recsys.memory_plan import Workload
 from recsys.precision import choose_dtype
-from recsys.ranks import rank_and_world_size, sum_over_ranks
+from recsys.ranks import gather_rows, rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.splits import Split, hold_out, split_tokens
 from recsys.targets import find_targets
@@ -244,22 +245,25 @@ def _is_over(is_late: bool, trainer: Trainer) -> bool:
 
 
 def _refuse_what_cannot_fit(plan: WorkerPlan, store: TokenStore) -> None:
-    """Every rank plans with the memory that it sees, and all stop when one has to."""
+    """Every rank plans with the least memory that any of them has, and all stop when one must."""
     device, (rank, world_size) = get_device(), rank_and_world_size()
     trainer = plan.config.train.trainer
-    windows = -(-plan.recipe.batch_size // (world_size * trainer.micro_batches))
     workload = Workload(
         num_rows=plan.vocabulary.catalogue.num_rows,
         num_tokens=store.num_tokens,
         context_sizes=plan.vocabulary.context.sizes,
-        windows=windows,
         dtype=choose_dtype(trainer.precision, device),
+        micro_batches=trainer.micro_batches,
         num_workers=world_size,
         is_cuda=device.type == "cuda",
+        has_bf16=choose_dtype("auto", device) == torch.bfloat16,
+        has_weights=plan.start_weights is not None,
+        validation_users=trainer.validation_users,
     )
+    available_R1 = gather_rows(torch.tensor([[_available_bytes(device)]], device=device))
     reason = ""
     try:
-        memory = refuse_what_cannot_fit(plan.recipe, workload, _available_bytes(device))
+        memory = refuse_what_cannot_fit(plan.recipe, workload, int(available_R1.min()))
         if rank == 0:
             print(f"each worker will hold up to {memory}", flush=True)
     except TrainingError as error:

@@ -13,15 +13,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advise_less(batch_size: int, micro_batches: int, world_size: int) -> str:
-    """The settings that halve the activations of a step, for the end of a sentence."""
-    parts = 2 * micro_batches
-    smaller = f"lower batch_size to {max(1, batch_size // 2)} (now {batch_size})"
-    if batch_size < parts * world_size:
-        return f"{smaller}, or train a smaller model"
-    return (
-        f"raise trainer.micro_batches to {parts} (now {micro_batches}), which changes no result, "
-        f"or {smaller}"
-    )
+    """The settings that halve the activations of a step, for the end of a sentence. Each part of a
+    batch keeps a window.
+    """
+    parts = min(2 * micro_batches, batch_size // world_size)
+    advice = []
+    if parts > micro_batches:
+        advice.append(
+            f"raise trainer.micro_batches to {parts} (now {micro_batches}), which changes no result"
+        )
+    if batch_size // 2 >= micro_batches * world_size:
+        advice.append(f"lower batch_size to {batch_size // 2} (now {batch_size})")
+    return ", or ".join(advice or ["train a smaller model"])
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """What a worker of a training does, without Ray around it."""
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,36 @@ def test_what_cannot_fit_is_refused_before_it_is_built(worker, monkeypatch):
     returned, reports = worker()
     assert "Training would need" in returned["refused"]
     assert not reports
+
+
+def test_figures_are_told_when_another_worker_has_less_memory(worker, monkeypatch):
+    def gather(rows_R1):
+        return torch.cat([rows_R1, rows_R1.new_tensor([[1_000]])])
+
+    monkeypatch.setattr(train_worker, "gather_rows", gather)
+    monkeypatch.setattr(train_worker, "build_trainer", pytest.fail)
+    returned, _ = worker()
+    assert "where 0.00 GB are free; " in returned["refused"]
+
+
+def test_each_setting_that_is_offered_makes_it_fit(worker, shop, tmp_path, monkeypatch):
+    large = "train.overrides.batch_size=512", "train.overrides.model.dim=128"
+
+    def check(*settings):
+        config = tiny_config(tmp_path, *large, *settings)
+        recipe = read_recipe(config.train.recipe, config.train.overrides)
+        plan = WorkerPlan(config, recipe, Vocabulary(shop.catalogue, shop.context))
+        train_worker._refuse_what_cannot_fit(plan, shop.store)
+
+    for megabytes in (100, 20):
+        monkeypatch.setattr(train_worker, "_available_bytes", lambda _, n=megabytes: n * 10**6)
+        with pytest.raises(TrainingError) as refused:
+            check()
+        offered = re.search(r"free; (.*) would fit\.", str(refused.value))[1].split(" or ")
+        for one in offered:
+            # On the command line, where nothing stands around the first sign of equality.
+            lines = one.rpartition(" (")[0].split(" with ")
+            check(*(line.replace(" = ", "=", 1) for line in lines))
 
 
 def test_what_will_be_held_is_said_beforehand(worker, capsys):
