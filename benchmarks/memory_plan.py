@@ -37,7 +37,7 @@ from recsys.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "bert4rec-production"
-STEPS = 12
+STEPS = 40
 _SELF = Path("/proc/self")
 _SAMPLED = {"kind": "sampled-softmax", "negatives": {"source": "mixed", "num": 1_024}}
 KINDS: Mapping[str, dict[str, Any]] = {

@@ -17,7 +17,6 @@ from typing import Any
 import ray.data
 from ray.train import (
     Checkpoint,
-    CheckpointConfig,
     ControllerError,
     DataConfig,
     FailureConfig,
@@ -46,7 +45,7 @@ from ray_jobs.sequences_reader import (
     open_sequences,
 )
 from ray_jobs.start import Start, open_start
-from ray_jobs.train_worker import NUM_KEPT, STANDING, WorkerPlan, train_worker
+from ray_jobs.train_worker import KEPT, WorkerPlan, train_worker
 from recsys.artifact import save_model
 from recsys.checkpoint import read_weights
 from recsys.errors import CheckpointError, OutOfMemoryError, TrainingError
@@ -156,11 +155,7 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
             name="ray",
             storage_path=path,
             storage_filesystem=filesystem,
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=NUM_KEPT,
-                checkpoint_score_attribute=STANDING,
-                checkpoint_score_order="max",
-            ),
+            checkpoint_config=KEPT,
             failure_config=FailureConfig(max_failures=config.max_failures),
             # Ray would log each report in full; the lines of RunLog say the same to a person.
             logging_config=LoggingConfig(log_level="WARNING"),

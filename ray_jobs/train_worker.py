@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import ray.train
 import torch
-from ray.train import Checkpoint, ReportedCheckpoint
+from ray.train import Checkpoint, CheckpointConfig, ReportedCheckpoint
 from ray.train.torch import get_device
 from safetensors.torch import load_file
 
@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 
 STANDING = "standing"
 """Metric of a checkpoint that says which ones are kept."""
-NUM_KEPT = 3
+KEPT = CheckpointConfig(
+    num_to_keep=3, checkpoint_score_attribute=STANDING, checkpoint_score_order="max"
+)
+"""The best epoch and the two latest checkpoints, see `_standing`."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ _TRANSIENT = 1.25
 """What a backward pass holds beside what the forward pass kept for it, as measured."""
 _COPIES_OF_ROWS = 6
 """Gradients of the rows and what `torch.optim.SparseAdam` computes of them at a time."""
-_HEAP = 0.8
+_HEAP = 1.0
 """Freed blocks that the heap of a CPU's process keeps and cannot use again, in shares of what loss
-and encoder take and free in each step: a margin, as measured in the first dozen steps."""
+and encoder take and free in each step: a margin, as measured; see `recsys.heap`."""
 _GB = 1e9
 
 

@@ -15,7 +15,6 @@ import ray.data
 import torch
 from ray.train import (
     Checkpoint,
-    CheckpointConfig,
     DataConfig,
     FailureConfig,
     LoggingConfig,
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.sequences_reader import Vocabulary
-from ray_jobs.train_worker import WorkerPlan, build_trainer, train_worker
+from ray_jobs.train_worker import KEPT, WorkerPlan, build_trainer, train_worker
 from ray_jobs.tuning.space import as_overrides
 from recsys.checkpoint import read_weights
 from recsys.errors import OutOfMemoryError, TrainingError
@@ -177,9 +176,7 @@ def train_with_ray(
         run_config=RunConfig(
             name=name,
             storage_path=str(folder),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="ndcg10", checkpoint_score_order="max"
-            ),
+            checkpoint_config=KEPT,
             failure_config=FailureConfig(max_failures=train.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=callbacks,
