@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +361,30 @@ def test_a_run_that_cannot_go_on_says_why_at_once(tmp_path, tiny_lake):
     )
     with pytest.raises(TrainingError, match=r"The loss of epoch \d is .*lower optimiser.learning"):
         train.run(config)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_exports_how_a_training_goes(tmp_path, tiny_lake):
+    config = tiny_lake(tmp_path, "train.name=watched", "train.trainer.max_epochs=60")
+    config = _with_train(config, trainer=config.train.trainer.model_copy(update={"patience": 60}))
+    driver = threading.Thread(target=train.run, args=(config,))
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    told, until = {}, time.monotonic() + 120
+    driver.start()
+    while len(told) < 4 and time.monotonic() < until:
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        found = re.findall(r'^ray_nextitem_train_(\w+)\{.*run="watched".*\} (\S+)$', text, re.M)
+        told |= {name: float(value) for name, value in found}
+        time.sleep(0.2)
+    driver.join()
+    assert set(told) == {"loss", "ndcg10", "tokens_per_s", "epoch"}
+    assert told["loss"] > 0
+    assert told["tokens_per_s"] > 0
+    assert 0 <= told["ndcg10"] <= 1
+    assert 1 <= told["epoch"] <= 60
 
 
 @pytest.mark.slow
