@@ -124,7 +124,13 @@ def read_ratings(folder: Path) -> Events:
 
 
 def read_clicks(path: Path) -> Events:
-    """The clicks of globo; codes of device, region and referrer are kept as text."""
+    """The clicks of globo; codes of device, region and referrer are kept as text.
+
+    The log invents the time of the last click of a session: 99.93 % of them come 30,000 ms after
+    the click before, of all others 0.0008 %. A context of globo therefore leaves `gap` out: at a
+    request it would say that this click ends its session, as every target of leave-one-out does.
+    Hours and weekdays tell no more for it: half a minute moves 0.8 % of clicks into another hour.
+    """
     clicks = pq.read_table(path)
     names = {
         "device": "click_deviceGroup",

@@ -16,6 +16,7 @@ from benchmarks.leaderboard import (
     train,
 )
 from benchmarks.published import Events
+from ray_jobs.job import load_config
 from recsys.context import NO_TIME
 from recsys.item_codes import ItemCodesConfig, learn_codes
 from recsys.recipe import read_recipe
@@ -48,6 +49,16 @@ def test_every_row_fits_its_recipe_and_data(name):
     entry = read_entries()[name]
     assert read_recipe(entry.recipe, entry.overrides).name == entry.recipe
     assert entry.dataset in published.DATASETS
+
+
+def test_nothing_that_reads_globo_reads_gaps():
+    entries = [entry for entry in read_entries().values() if entry.dataset == "globo"]
+    assert len(entries) >= 4
+    job = load_config("globo").train
+    for context in (job.context, *(entry.context for entry in entries)):
+        assert "gap" not in context.time
+    recipes = [read_recipe(one.recipe, one.overrides) for one in (job, *entries)]
+    assert not any(recipe.model.time_bias for recipe in recipes)
 
 
 def test_what_a_training_found_is_kept(circle):
