@@ -82,12 +82,17 @@ def read_dataset(
     codes_TF = encoder.encode(events.timestamps_T, previous_T, events.columns)
     return Dataset(
         name,
-        "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}",
+        name_protocol(cut),
         Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], events.items),
         encoder,
         TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
         split,
     )
+
+
+def name_protocol(cut: tuple[float, float] | None) -> str:
+    """How a data set is split, in words."""
+    return "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}"
 
 
 def read_pairs(path: Path) -> Events:

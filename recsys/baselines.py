@@ -274,6 +274,7 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
 
 def _invert_in_place(matrix_II: np.ndarray) -> np.ndarray:
     """The inverse of a positive definite fp64 matrix in Fortran's order, in its own memory."""
+    inverse_II: np.ndarray
     factor_II, failed = lapack.dpotrf(matrix_II, lower=1, overwrite_a=1)
     assert not failed
     inverse_II, failed = lapack.dpotri(factor_II, lower=1, overwrite_c=1)
