@@ -9,90 +9,54 @@ Rows stand in `leaderboard.toml`. The epoch is chosen by NDCG@10 on the validati
 users, and the test targets are ranked once, with that epoch's weights. A training that was killed
 goes on from its last epoch when it is started again. What a training found is kept as
 `results/leaderboard/<row>-<seed>.json`; `results/leaderboard.md` is rendered from these alone.
+Ranks stay below `$NEXTITEM_HOME`; where those of a row and of its baselines are there, `table`
+measures the row's lift over each of them, too.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import time
-import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from benchmarks.leaderboard_rows import Entry, read_entries
+from benchmarks.leaderboard_table import METRICS, render
 from benchmarks.measure import machine
-from benchmarks.published import DATASETS, NO_CONTEXT, Dataset, read_dataset
-from recsys.attributes import AttributeEncoder, AttributesConfig
+from benchmarks.published import DATASETS, Dataset, read_dataset
+from ray_jobs.code_version import code_version
+from recsys.attributes import AttributeEncoder
 from recsys.baselines import BASELINES, EASE, make_baselines
 from recsys.checkpoint import load_checkpoint, save_checkpoint
-from recsys.comparison import compare
-from recsys.context import NO_TIME, ContextConfig
+from recsys.comparison import compare, compare_seeds
+from recsys.context import NO_TIME
 from recsys.interactions import training_counts
 from recsys.item_codes import agree_on_codes
 from recsys.item_table import ItemFeatures
 from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
+from recsys.metrics import mean_accuracy
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
 from recsys.trainer import Trainer, TrainerConfig
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
-
-_HEAD = (
-    "| row | recipe | width/layers/heads/length | HR@10 | NDCG@10 | seeds | best epoch "
-    "| training | published |"
-)
-_INTRODUCTION = """# Leader board
-
-The whole catalogue is ranked, never a sample; items of the user's history are left out; ties count
-against us; the epoch is chosen by NDCG@10 on validation targets and test is ranked once, with that
-epoch's weights. Means over seeds; `±` is half of the 95 % interval that a bootstrap over the users
-gives, in brackets the least and the most of the seeds. Every figure of ours comes from a training
-that was run by the commands below, on CPU cores and beside other work, so minutes are an upper
-bound; `leaderboard/` beside this file has each with its settings and its curve. "Published" names
-HR@10 / NDCG@10 of others under their own protocols. "time-blind" is the same weights told nothing
-of the request. In our copy of ml-1m's ratings.dat the times of ratings of 3 and less are
-interpolated; what reads times may profit from that."""
+_RECENT = {"globo": ("1 h", 1 / 24)}
+"""What recent popularity counts, in words and in days; seven days where nothing is said."""
 
 log = logging.getLogger("leaderboard")
-
-
-class Entry(BaseModel):
-    """A row of the leader board."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str
-    context: ContextConfig = NO_CONTEXT
-    attributes: AttributesConfig = AttributesConfig()
-    cut: tuple[float, float] | None = None
-    """By time, see `published.read_dataset`; by default the last event of each user tests."""
-    recipe: str
-    max_epochs: int
-    floor: tuple[float, float] | None = None
-    aim: tuple[float, float] | None = None
-    published: str = ""
-    max_users: int = 30_000
-    """At most so many users, a seeded sample, are validated, and as many are tested."""
-    overrides: dict[str, Any] = {}
-    patience: int = 1_000
-    """Validations without gain before training ends; by default the schedule is run to its end."""
-
-
-def read_entries() -> dict[str, Entry]:
-    """The rows by name."""
-    content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    return {name: Entry.model_validate(row) for name, row in content.items()}
 
 
 def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     """Trains a row with one seed, ranks its test targets, and keeps what was found."""
     torch.set_num_threads(threads)
+    code = code_version()
     entry = read_entries()[name]
     dataset = read_dataset(entry.dataset, entry.context, entry.cut)
     trainer = make_trainer(entry, dataset, seed)
@@ -114,6 +78,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
         "seconds": round(sum(epoch["seconds"] for epoch in history)),
         "threads": threads,
         "machine": machine(),
+        "code_version": code,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "validation": {"HR@10": best["hr10"], "NDCG@10": best["ndcg10"]},
         **_facts(dataset, targets, rows),
@@ -183,10 +148,7 @@ def compare_trainings(name: str, other: str, seed: int) -> dict[str, Any]:
         "against": other,
         "seeds": seed,
         **{key: results[0][key] for key in ("dataset", "protocol", "targets_sha256")},
-        **{
-            metric: comparison_facts(compare(*ranks, metric=metric))
-            for metric in ("HR@10", "NDCG@10")
-        },
+        **{metric: comparison_facts(compare(*ranks, metric=metric)) for metric in METRICS},
     }
     _keep(f"compare-{name}-{other}-{seed}", found)
     return found
@@ -196,110 +158,111 @@ def measure_baselines(
     name: str, cut: tuple[float, float] | None, max_users: int = 30_000
 ) -> dict[str, Any]:
     """Every baseline on the test targets of a data set; recent popularity where there are times."""
+    code = code_version()
     dataset = read_dataset(name, cut=cut)
     users = choose_targets(dataset, max_users)
     is_small = dataset.catalogue.num_items <= EASE.max_items
     is_timed = (dataset.store.timestamps_T != NO_TIME).any()
     fits = {"ease": is_small, "recent-popularity": is_timed}
     names = tuple(name for name in BASELINES if fits.get(name, True))
+    period, recent_days = _RECENT.get(name, ("7 d", 7))
     num_rows = dataset.catalogue.num_rows
     rows = [
         _measure(baseline.fit(dataset.store, dataset.split, num_rows), dataset, users)
-        for baseline in make_baselines(names)
+        for baseline in make_baselines(names, recent_days=recent_days)
     ]
-    found = {"baselines": name, "machine": machine(), **_facts(dataset, users, rows)}
+    shown = {"recent-popularity": f"recent-popularity, {period}"}
+    rows = [replace(row, name=shown.get(row.name, row.name)) for row in rows]
+    folder = _baselines_folder(dataset.name, dataset.protocol)
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        np.save(folder / f"{row.name}.npy", row.ranking.ranks_N)
+    found = {
+        "baselines": name,
+        "cut": cut,
+        "machine": machine(),
+        "code_version": code,
+        **_facts(dataset, users, rows),
+    }
     _keep(f"baselines-{name}{'-cut' if cut else ''}", found)
     return found
 
 
-def render(found: list[dict[str, Any]]) -> str:
-    """The leader board in Markdown, from what trainings and baselines found."""
-    sections: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result in found:
-        sections.setdefault((result["dataset"], result["protocol"]), []).append(result)
-    texts = [_render_section(results) for _, results in sorted(sections.items())]
-    return "\n\n".join([_INTRODUCTION, *texts]) + "\n"
-
-
-def _render_section(results: list[dict[str, Any]]) -> str:
-    some = next(result for result in results if "test" in result)
-    (sha256,) = {result["targets_sha256"] for result in results}
-    facts = (
-        f"{some['num_users']:,} test users, {some['num_items']:,} items. sha256 of the test pairs: "
-        f"`{sha256}`."
-    )
+def measure_lifts() -> list[str]:
+    """Every trained row whose ranks and those of its baselines are still on this machine, paired
+    with each baseline by user, as `results/leaderboard/lift-<row>.json`; their names.
+    """
+    found = read_results()
+    of_baselines = {_section(one): one for one in found if "baselines" in one}
     by_row: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        if "seed" in result:
-            by_row.setdefault(result["row"], []).append(result)
-    rows = [_HEAD, "|" + "---|" * (_HEAD.count("|") - 1)]
-    for seeds in sorted(by_row.values(), key=_mean_ndcg, reverse=True):
-        rows += [_row(seeds, knowing) for knowing in seeds[0]["test"]]
-    commands = [f"python -m benchmarks.leaderboard train {row} --seed 1" for row in by_row]
-    notes = []
-    for result in results:
-        if "against" in result:
-            notes.append(_note(result))
-            commands.append(
-                f"python -m benchmarks.leaderboard compare {result['row']} {result['against']} "
-                f"--seed {result['seeds']}"
-            )
-        elif "baselines" in result:
-            tests = result["test"].items()
-            rows += [f"| | {name} | | {_means([test])} | | | | |" for name, test in tests]
-            cut = " --cut 0.8 0.9" if "cut" in result["protocol"] else ""
-            commands.append(f"python -m benchmarks.leaderboard baselines {result['dataset']}{cut}")
-    title = f"## {some['dataset']}, {some['protocol']}"
-    return "\n".join([title, "", facts, "", *rows, "", *notes, "", "```sh", *commands, "```"])
-
-
-def _note(result: dict[str, Any]) -> str:
-    lifts = [
-        f"{metric} {facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
-        for metric, facts in ((metric, result[metric]) for metric in ("HR@10", "NDCG@10"))
+    for one in found:
+        if "seed" in one and _section(one) in of_baselines:
+            by_row.setdefault(one["row"], []).append(one)
+    return [
+        row
+        for row, seeds in by_row.items()
+        if _measure_lift(seeds, of_baselines[_section(seeds[0])])
     ]
-    return f"{result['row']} against {result['against']}, paired by user: {', '.join(lifts)}."
 
 
-def _row(seeds: list[dict[str, Any]], knowing: str) -> str:
-    first, minutes = seeds[0], [result["seconds"] / 60 for result in seeds]
-    model, entry = first["recipe"]["model"], first["entry"]
-    is_told = knowing == "model"
-    best = ", ".join(str(result["best_epoch"]) for result in seeds)
-    cells = [
-        first["row"],
-        _name(first) if is_told else f"{_name(first)}; {knowing}",
-        f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}",
-        _means([result["test"][knowing] for result in seeds]),
-        str(len(seeds)),
-        f"{best} of {entry['max_epochs']}",
-        f"{np.mean(minutes):.0f} min, {first['threads']} thread",
-        entry["published"] if is_told else "",
-    ]
-    return f"| {' | '.join(cells)} |"
+def _measure_lift(seeds: list[dict[str, Any]], baselines: dict[str, Any]) -> bool:
+    """Whether there was anything to compare. The seeds that are compared are those with ranks."""
+    ours = {one["seed"]: ranks_N for one in seeds if (ranks_N := _model_ranks(one)) is not None}
+    theirs = {
+        name: ranks_N
+        for name in baselines["test"]
+        if (ranks_N := _baseline_ranks(baselines, name)) is not None
+    }
+    if not ours or not theirs:
+        return False
+    row, ours_SN = seeds[0]["row"], np.stack(list(ours.values()))
+    found = {
+        "lift_of": row,
+        "seeds": list(ours),
+        **{key: baselines[key] for key in ("dataset", "protocol", "targets_sha256")},
+        "over": {
+            name: {
+                metric: comparison_facts(compare_seeds(ours_SN, ranks_N[None], metric=metric))
+                for metric in METRICS
+            }
+            for name, ranks_N in theirs.items()
+        },
+    }
+    _keep(f"lift-{row}", found)
+    return True
 
 
-def _name(result: dict[str, Any]) -> str:
-    """The recipe and what it reads beside the items."""
-    entry = Entry.model_validate(result["entry"])
-    read = [*entry.context.fields, *entry.attributes.fields]
-    return " with ".join([result["recipe"]["name"], *([", ".join(read)] if read else [])])
+def _model_ranks(result: dict[str, Any]) -> np.ndarray | None:
+    path = _home() / f"{result['row']}-{result['seed']}" / "ranks.npy"
+    return _read_ranks(path, result["test"]["model"])
 
 
-def _means(tests: list[dict[str, Any]]) -> str:
-    """Means over the seeds; the interval is that of the users, averaged, and the spread that of the
-    seeds."""
-    cells = []
-    for metric in ("HR@10", "NDCG@10"):
-        means = [test[metric]["mean"] for test in tests]
-        half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
-        spread = f" ({min(means):.4f} to {max(means):.4f})" if len(tests) > 1 else ""
-        cells.append(f"{np.mean(means):.4f} ± {half:.4f}{spread}")
-    return " | ".join(cells)
+def _baseline_ranks(result: dict[str, Any], name: str) -> np.ndarray | None:
+    folder = _baselines_folder(result["dataset"], result["protocol"])
+    return _read_ranks(folder / f"{name}.npy", result["test"][name])
 
 
-def _mean_ndcg(seeds: list[dict[str, Any]]) -> float:
-    return float(np.mean([result["test"]["model"]["NDCG@10"]["mean"] for result in seeds]))
+def _read_ranks(path: Path, test: dict[str, Any]) -> np.ndarray | None:
+    """None where they are not on this machine, or are those of another run than the result."""
+    if not path.exists():
+        return None
+    ranks_N: np.ndarray = np.load(path)
+    means = mean_accuracy(ranks_N)
+    is_same = all(math.isclose(means[metric], test[metric]["mean"]) for metric in METRICS)
+    return ranks_N if is_same else None
+
+
+def _section(result: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(result[key] for key in ("dataset", "protocol", "targets_sha256"))
+
+
+def _baselines_folder(dataset: str, protocol: str) -> Path:
+    return _home() / f"baselines-{dataset}-{protocol.replace(' ', '-')}"
+
+
+def read_results() -> list[dict[str, Any]]:
+    """All that trainings, baselines and comparisons found, in the order of their files."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
@@ -381,18 +344,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.command == "train":
         found = train(arguments.row, arguments.seed, arguments.threads)
-        print(
-            json.dumps(
-                {key: found[key] for key in ("row", "seed", "best_epoch", "validation", "test")}
-            )
-        )
+        shown = ("row", "seed", "best_epoch", "targets_sha256", "validation", "test")
+        print(json.dumps({key: found[key] for key in shown}))
     elif arguments.command == "compare":
         print(json.dumps(compare_trainings(arguments.row, arguments.against, arguments.seed)))
     elif arguments.command == "baselines":
         print(json.dumps(measure_baselines(arguments.dataset, arguments.cut)["test"]))
     else:
-        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-        RESULTS.with_suffix(".md").write_text(render(found))
+        measure_lifts()
+        RESULTS.with_suffix(".md").write_text(render(read_results(), read_entries()))
 
 
 if __name__ == "__main__":

@@ -82,12 +82,17 @@ def read_dataset(
     codes_TF = encoder.encode(events.timestamps_T, previous_T, events.columns)
     return Dataset(
         name,
-        "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}",
+        name_protocol(cut),
         Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], events.items),
         encoder,
         TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
         split,
     )
+
+
+def name_protocol(cut: tuple[float, float] | None) -> str:
+    """How a data set is split, in words."""
+    return "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}"
 
 
 def read_pairs(path: Path) -> Events:
@@ -124,7 +129,13 @@ def read_ratings(folder: Path) -> Events:
 
 
 def read_clicks(path: Path) -> Events:
-    """The clicks of globo; codes of device, region and referrer are kept as text."""
+    """The clicks of globo; codes of device, region and referrer are kept as text.
+
+    The log invents the time of the last click of a session: 99.93 % of them come 30,000 ms after
+    the click before, of all others 0.0008 %. A context of globo therefore leaves `gap` out: at a
+    request it would say that this click ends its session, as every target of leave-one-out does.
+    Hours and weekdays tell no more for it: half a minute moves 0.8 % of clicks into another hour.
+    """
     clicks = pq.read_table(path)
     names = {
         "device": "click_deviceGroup",

@@ -202,7 +202,7 @@ class EvaluateConfig(Section):
         "ease",
     )
     recent_days: float = Field(7, gt=0)
-    """recent-popularity: days before the end of training that count."""
+    """recent-popularity: days before the full hour of a target that count; a fraction will do."""
 
 
 class ExportConfig(Section):

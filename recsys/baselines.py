@@ -2,7 +2,8 @@
 filtering.
 
 Each is a `evaluation.Scorer`, fitted on training events alone; when it scores, it reads a user's
-whole history before the target, as a model does. They run on the CPU.
+whole history before the target, as a model does. Recent popularity alone counts what others have
+done since. They run on the CPU.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy import sparse
+from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -21,16 +23,16 @@ from recsys.evaluation import Scorer
 from recsys.interactions import (
     blocks_of,
     event_matrix,
-    find_recent,
     history_matrix,
     keep_best,
     training_counts,
     training_matrix,
-    training_positions,
 )
 from recsys.splits import Split
 from recsys.tokens import TokenStore
 
+_HOUR_US = 3_600_000_000
+_DAY_US = 24 * _HOUR_US
 _TIE_BREAK = 1e-6
 _PAIRS_PER_BLOCK = 10_000_000
 
@@ -57,24 +59,50 @@ class Popularity:
 
 
 class RecentPopularity:
-    """Events of the last `days` of the training period; equal ones in the order of all events."""
+    """Events of all users in the `days` before the full hour of a target; equal ones, and all where
+    there are none, in the order of training events.
+
+    As a live shop counts what was clicked just now, it reads held-out events too, whoever's they
+    are, once they lie before that hour: on a temporal cut those since training ended. Nothing at or
+    after the hour is read, and of the target its hour alone. Without a time there is no such event.
+    """
 
     name = "recent-popularity"
 
     def __init__(self, days: float = 7) -> None:
-        self._days = days
+        """`days` may be a fraction."""
+        self._window_us = round(days * _DAY_US)
 
     def fit(self, store: TokenStore, split: Split, num_rows: int) -> Self:
-        positions_T = training_positions(store, split)
-        is_recent_T = find_recent(store.timestamps_T[positions_T], self._days)
-        recent_T = store.items_T[positions_T[is_recent_T]]
-        all_I = training_counts(store, split, num_rows)
-        scores_I = np.bincount(recent_T, minlength=num_rows) + all_I / (all_I.max() + 1)
-        self._scores_I = scores_I.astype(np.float32)
+        order_T = np.argsort(store.timestamps_T, kind="stable")
+        self._times_T = store.timestamps_T[order_T]
+        self._items_T = store.items_T[order_T]
+        counts_I = training_counts(store, split, num_rows)
+        self._tie_break_I = counts_I / (counts_I.max() + 1)
         return self
 
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
-        return _finished(np.repeat(self._scores_I[None], len(users_B), axis=0))
+        # A missing time becomes 1970, before which no event of a log lies.
+        hours_B = np.maximum(store.timestamps_T[targets_B], 0) // _HOUR_US
+        hours_H, rows_B = np.unique(hours_B, return_inverse=True)
+        return _finished(self._score_hours(hours_H)[rows_B])
+
+    def _score_hours(self, hours_H: np.ndarray) -> np.ndarray:
+        """Scores at the beginning of each hour, ascending, fp32 `[H, I]`: the window moves on, and
+        each event is counted in and out once.
+        """
+        firsts_H = np.searchsorted(self._times_T, hours_H * _HOUR_US - self._window_us)
+        lasts_H = np.searchsorted(self._times_T, hours_H * _HOUR_US)
+        num_rows = len(self._tie_break_I)
+        scores_HI = np.empty((len(hours_H), num_rows), np.float32)
+        counts_I = np.zeros(num_rows, np.int64)
+        first = last = firsts_H[0]
+        for h, (next_first, next_last) in enumerate(zip(firsts_H, lasts_H, strict=True)):
+            counts_I += np.bincount(self._items_T[last:next_last], minlength=num_rows)
+            counts_I -= np.bincount(self._items_T[first:next_first], minlength=num_rows)
+            scores_HI[h] = counts_I + self._tie_break_I
+            first, last = next_first, next_last
+        return scores_HI
 
 
 class Covisitation:
@@ -188,11 +216,11 @@ class EASE:
     """Linear autoencoder without self-weights, in closed form: `-P_ij / P_jj` with
     `P = inv(X'X + ridge * I)`. Source: Steck (2019), doi:10.1145/3308558.3313710.
 
-    Memory grows with the square and time with the cube of the number of items.
+    Memory grows with the square of the number of items, 8 bytes a pair, and time with the cube.
     """
 
     name = "ease"
-    max_items = 12_000
+    max_items = 15_000
 
     def __init__(self, *, ridge: float = 300) -> None:
         self._ridge = ridge
@@ -205,12 +233,12 @@ class EASE:
                 f"the catalogue has {num_rows - NUM_SPECIAL:,}. Leave ease out of the baselines."
             )
         users_UI = training_matrix(store, split, num_rows)
-        gram_II = torch.from_numpy((users_UI.T @ users_UI).toarray()).double()
-        gram_II.diagonal().add_(self._ridge)
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(gram_II))
-        weights_II = -inverse_II / inverse_II.diagonal()
-        weights_II.fill_diagonal_(0)
-        self._weights_II = weights_II.float().numpy()
+        gram_II = (users_UI.T @ users_UI).astype(np.float64).toarray(order="F")
+        np.fill_diagonal(gram_II, gram_II.diagonal() + self._ridge)
+        weights_II = _invert_in_place(gram_II)
+        weights_II /= -weights_II.diagonal()
+        np.fill_diagonal(weights_II, 0)
+        self._weights_II = weights_II.astype(np.float32)
         return self
 
     def score(self, store: TokenStore, users_B: np.ndarray, targets_B: np.ndarray) -> Tensor:
@@ -242,6 +270,19 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
     "als": ALS,
     "ease": EASE,
 }
+
+
+def _invert_in_place(matrix_II: np.ndarray) -> np.ndarray:
+    """The inverse of a positive definite fp64 matrix in Fortran's order, in its own memory."""
+    inverse_II: np.ndarray
+    factor_II, failed = lapack.dpotrf(matrix_II, lower=1, overwrite_a=1)
+    assert not failed
+    inverse_II, failed = lapack.dpotri(factor_II, lower=1, overwrite_c=1)
+    assert not failed
+    # The factorisation knows the lower triangle alone.
+    for row in range(len(inverse_II) - 1):
+        inverse_II[row, row + 1 :] = inverse_II[row + 1 :, row]
+    return inverse_II
 
 
 def _histories(

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from itertools import pairwise
 from math import isclose
 from pathlib import Path
 
@@ -216,11 +217,45 @@ def test_a_run_that_recorded_no_targets_predicts_every_event(tmp_path, shop):
 def test_a_temporal_cut_says_its_dates_and_ranks_recent_popularity(tmp_path, shop):
     config = pipeline(tmp_path)
     finished = write_run(config, shop, split=CUT)
-    evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+    evaluation, ranks = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
     assert "training before 2025-10-11 00:00 UTC" in evaluation["table"]
     assert "test from 2025-10-13 00:00 UTC" in evaluation["table"]
     assert max(map(len, evaluation["table"].splitlines())) <= 100
-    assert "recent-popularity" in evaluation["rows"]
+    expected = rank_by_recent_popularity(shop)
+    assert (
+        dict(zip(ranks["user_id"].to_pylist(), ranks["recent-popularity"].to_pylist(), strict=True))
+        == expected
+    )
+    hits = [rank <= 10 for rank in expected.values()]
+    assert 0 < np.mean(hits) < 1
+    assert evaluation["rows"]["recent-popularity"]["HR@10"]["mean"] == np.mean(hits)
+
+
+def rank_by_recent_popularity(shop):
+    """Ranks of the test targets of CUT, user by user, by the items of the seven days before."""
+    store = shop.store
+    days_T, hours_T = store.timestamps_T // 86_400_000_000, store.timestamps_T // 3_600_000_000
+    first_day, test_day = (
+        (moment - datetime(1970, 1, 1, tzinfo=UTC)).days
+        for moment in (CUT.validation_from, CUT.test_from)
+    )
+    trained_I = np.bincount(store.items_T[days_T < first_day], minlength=42)
+    ranks = {}
+    for user, (start, end) in enumerate(pairwise(store.offsets_U.tolist())):
+        target = start + int((days_T[start:end] < test_day).sum())
+        if target in (start, end):
+            continue
+        is_recent_T = (hours_T < hours_T[target]) & (hours_T >= hours_T[target] - 7 * 24)
+        # Without padding and mask; equal ones in the order of training, and then against us.
+        counts_I = np.bincount(store.items_T[is_recent_T], minlength=42)[2:]
+        scores_I = np.float32(counts_I + trained_I[2:] / (trained_I.max() + 1))
+        scores_I[store.items_T[start:target] - 2] = -1
+        item = store.items_T[target] - 2
+        is_seen = scores_I[item] < 0
+        ranks[store.user_ids[user].as_py()] = (
+            42 if is_seen else int((scores_I >= scores_I[item]).sum())
+        )
+    return ranks
 
 
 @pytest.fixture

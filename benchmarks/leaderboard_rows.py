@@ -1,0 +1,46 @@
+"""What the rows of the leader board are, as `leaderboard.toml` has them."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.published import NO_CONTEXT
+from recsys.attributes import AttributesConfig
+from recsys.context import ContextConfig
+
+
+class Entry(BaseModel):
+    """A row of the leader board."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    context: ContextConfig = NO_CONTEXT
+    attributes: AttributesConfig = AttributesConfig()
+    cut: tuple[float, float] | None = None
+    """By time, see `published.read_dataset`; by default the last event of each user tests."""
+    recipe: str
+    max_epochs: int
+    floor: tuple[float, float] | None = None
+    """HR@10 and NDCG@10 that the row is to reach at least."""
+    aim: tuple[float, float] | None = None
+    """HR@10 and NDCG@10 that the row is hoped to reach."""
+    published: str = ""
+    max_users: int = 30_000
+    """At most so many users, a seeded sample, are validated, and as many are tested."""
+    overrides: dict[str, Any] = {}
+    patience: int = 1_000
+    """Validations without gain before training ends; by default the schedule is run to its end."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a training depends on: all but our goals and the words about others."""
+        return self.model_dump(mode="json", exclude={"floor", "aim", "published"})
+
+
+def read_entries() -> dict[str, Entry]:
+    """The rows by name."""
+    content = tomllib.loads(Path(__file__).with_name("leaderboard.toml").read_text())
+    return {name: Entry.model_validate(row) for name, row in content.items()}

@@ -1,0 +1,247 @@
+"""The leader board in Markdown, from what trainings, baselines and comparisons found."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.leaderboard_rows import Entry
+from benchmarks.published import name_protocol
+
+METRICS = ("HR@10", "NDCG@10")
+_COLLABORATIVE = ("item-knn", "als", "ease")
+_HEAD = (
+    "| row | recipe | width/layers/heads/length | HR@10 | NDCG@10 | floor | aim | seeds "
+    "| best epoch | training | published |"
+)
+_UNTRAINED_HEAD = "| row | recipe | data set | floor | aim | published |"
+_INTRODUCTION = """# Leader board
+
+The whole catalogue is ranked, never a sample; items of the user's history are left out; ties count
+against us; the epoch is chosen by NDCG@10 on validation targets and a training ranks test once,
+with that epoch's weights. That holds for a training, not for a row: some settings of
+`ml-1m-gsasrec`, `beauty-sasrec-ce`, `beauty-sasrec-ce-attributes` and `beauty-recjpq` were changed
+after a test figure had been seen. From now on such a change is a new row.
+
+Means over seeds; `±` is half of the 95 % interval that a bootstrap over the users gives for one
+seed, averaged over the seeds, and says nothing of other seeds; in brackets the least and the most
+of the seeds. Floor and aim are our own goals, HR@10 / NDCG@10, with ✓ where both means over the
+seeds reach them and ✗ where not. A row bears the name of a recipe but replaces settings of it:
+which ones stands below each table. "Published" names HR@10 / NDCG@10 of others under their own
+protocols. "time-blind" is the same weights told nothing of the request.
+
+Every figure of ours comes from a training that was run by the commands below, beside other work,
+so minutes are an upper bound; `leaderboard/` beside this file has each with its settings, its
+machine and its curve. Lifts are those of the means over the seeds; where the ranks of both were
+kept they have an interval, paired by user (of the seeds that are named, if not of all).
+
+Recent popularity counts, for each target, what everybody did in the hour (globo) or the seven days
+before the full hour of that target, held-out events of others among it, as a live shop would;
+nothing at or after that hour. In our copy of ml-1m's ratings.dat the times of ratings of 3 and less
+are interpolated; what reads times may profit from that. No row of globo reads the gap before a
+click: that log invents the time of the last click of a session, 30,000 ms after the one before, so
+the gap at a request would say that its click is the last, as the targets of leave-one-out all
+are."""
+
+_Result = dict[str, Any]
+
+
+def render(found: list[_Result], entries: Mapping[str, Entry]) -> str:
+    """One section for each data set and protocol, and one of the rows without any result."""
+    sections: dict[tuple[str, str], list[_Result]] = {}
+    for result in found:
+        sections.setdefault((result["dataset"], result["protocol"]), []).append(result)
+    texts = [_render_section(results, entries) for _, results in sorted(sections.items())]
+    trained = {result["row"] for result in found if "seed" in result}
+    untrained = {name: entry for name, entry in entries.items() if name not in trained}
+    if untrained:
+        texts.append(_render_untrained(untrained))
+    return "\n\n".join([_INTRODUCTION, *texts]) + "\n"
+
+
+def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str:
+    some = next(result for result in results if "test" in result)
+    (sha256,) = {result["targets_sha256"] for result in results}
+    by_row: dict[str, list[_Result]] = {}
+    for result in results:
+        if "seed" in result:
+            by_row.setdefault(result["row"], []).append(result)
+    by_row = dict(sorted(by_row.items(), key=lambda row: _mean(row[1], "NDCG@10"), reverse=True))
+    baselines = [result for result in results if "baselines" in result]
+
+    rows = [
+        _row(seeds, knowing, entries[name])
+        for name, seeds in by_row.items()
+        for knowing in seeds[0]["test"]
+    ]
+    rows += [
+        f"| | {name} | | {_means([test])} |" + " |" * 6
+        for result in baselines
+        for name, test in result["test"].items()
+    ]
+    facts = (
+        f"{some['num_users']:,} test users, {some['num_items']:,} items. sha256 of the test pairs: "
+        f"`{sha256}`."
+    )
+    lifts = {result["lift_of"]: result for result in results if "lift_of" in result}
+    parts = [
+        f"## {some['dataset']}, {some['protocol']}",
+        facts,
+        _table(_HEAD, rows),
+        *(_lift_table(by_row, result["test"], lifts) for result in baselines if by_row),
+        "\n".join(_note(result) for result in results if "against" in result),
+        _settings({name: entries[name] for name in by_row}),
+        "\n".join(["```sh", *_commands(results), "```"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
+    first, minutes = seeds[0], [result["seconds"] / 60 for result in seeds]
+    model = first["recipe"]["model"]
+    is_told = knowing == "model"
+    best = ", ".join(str(result["best_epoch"]) for result in seeds)
+    cells = [
+        first["row"],
+        _name(entry) if is_told else f"{_name(entry)}; {knowing}",
+        f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}",
+        _means([result["test"][knowing] for result in seeds]),
+        _goal(entry.floor, seeds) if is_told else "",
+        _goal(entry.aim, seeds) if is_told else "",
+        str(len(seeds)),
+        f"{best} of {entry.max_epochs}",
+        f"{np.mean(minutes):.0f} min, {first['threads']} thread",
+        entry.published if is_told else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _goal(goal: tuple[float, float] | None, seeds: list[_Result]) -> str:
+    """The goal and whether both means over the seeds reach it."""
+    if goal is None:
+        return ""
+    means = [_mean(seeds, metric) for metric in METRICS]
+    mark = "✓" if all(ours >= theirs for ours, theirs in zip(means, goal, strict=True)) else "✗"
+    return f"{_pair(goal)} {mark}"
+
+
+def _pair(goal: tuple[float, float] | None) -> str:
+    return " / ".join(f"{value:.3f}" for value in goal) if goal else ""
+
+
+def _name(entry: Entry) -> str:
+    """The recipe and what it reads beside the items."""
+    read = [*entry.context.fields, *entry.attributes.fields]
+    return " with ".join([entry.recipe, *([", ".join(read)] if read else [])])
+
+
+def _means(tests: list[_Result]) -> str:
+    """Means over the seeds; the interval is that of the users, averaged, and the spread that of the
+    seeds."""
+    cells = []
+    for metric in METRICS:
+        means = [test[metric]["mean"] for test in tests]
+        half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
+        spread = f" ({min(means):.4f} to {max(means):.4f})" if len(tests) > 1 else ""
+        cells.append(f"{np.mean(means):.4f} ± {half:.4f}{spread}")
+    return " | ".join(cells)
+
+
+def _mean(seeds: list[_Result], metric: str) -> float:
+    return float(np.mean([result["test"]["model"][metric]["mean"] for result in seeds]))
+
+
+def _lift_table(by_row: dict[str, list[_Result]], baselines: _Result, lifts: _Result) -> str:
+    """Every trained row over the best collaborative filtering and over the best baseline of all."""
+    filtering = _best({name: baselines[name] for name in _COLLABORATIVE if name in baselines})
+    best = _best(baselines)
+    rivals = [filtering] if best == filtering else [filtering, best]
+    cells = [(rival, metric) for rival in rivals for metric in METRICS]
+    rows = [
+        [name, *(_lift(seeds, *cell, baselines, lifts) for cell in cells)]
+        for name, seeds in by_row.items()
+    ]
+    said = f"Lift over {filtering}, the best collaborative filtering here"
+    said += "" if best == filtering else f", and over {best}, the best row without a network"
+    head = [f"{metric} over {rival}" for rival, metric in cells]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return f"{said}:\n\n" + _table(f"| row | {' | '.join(head)} |", lines)
+
+
+def _best(tests: _Result) -> str:
+    return max(tests, key=lambda name: float(tests[name]["NDCG@10"]["mean"]))
+
+
+def _lift(seeds: list[_Result], rival: str, metric: str, baselines: _Result, lifts: _Result) -> str:
+    ours, theirs = _mean(seeds, metric), baselines[rival][metric]["mean"]
+    lift = lifts.get(seeds[0]["row"], {"over": {}})
+    facts = lift["over"].get(rival, {}).get(metric)
+    if facts is None or facts["lift"] is None:
+        return f"{ours / theirs - 1:+.1%}" if theirs else ""
+    some = (
+        "" if len(lift["seeds"]) == len(seeds) else f", seed {', '.join(map(str, lift['seeds']))}"
+    )
+    return f"{_with_interval(facts)}{some}"
+
+
+def _with_interval(facts: _Result) -> str:
+    return f"{facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
+
+
+def _note(result: _Result) -> str:
+    lifts = [f"{metric} {_with_interval(result[metric])}" for metric in METRICS]
+    return f"{result['row']} against {result['against']}, paired by user: {', '.join(lifts)}."
+
+
+def _settings(entries: Mapping[str, Entry]) -> str:
+    """What each row replaces in its recipe."""
+    if not entries:
+        return ""
+    lines = []
+    for name, entry in sorted(entries.items()):
+        changes = ", ".join(f"`{change}`" for change in _changes(entry.overrides))
+        lines.append(f"- {name}: `{entry.recipe}`{f' with {changes}' if changes else ' as it is'}")
+    return "\n".join(["Settings that replace those of the recipe:", "", *lines])
+
+
+def _changes(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            yield from _changes(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} = {json.dumps(value)}"
+
+
+def _commands(results: list[_Result]) -> list[str]:
+    commands = []
+    for result in results:
+        if "seed" in result:
+            commands.append(f"train {result['row']} --seed {result['seed']}")
+        elif "against" in result:
+            compared = f"{result['row']} {result['against']}"
+            commands.append(f"compare {compared} --seed {result['seeds']}")
+        elif "baselines" in result:
+            cut = f" --cut {' '.join(map(str, result['cut']))}" if result["cut"] else ""
+            commands.append(f"baselines {result['dataset']}{cut}")
+    return [f"python -m benchmarks.leaderboard {command}" for command in commands]
+
+
+def _render_untrained(entries: Mapping[str, Entry]) -> str:
+    rows = []
+    for name, entry in entries.items():
+        goals = _pair(entry.floor), _pair(entry.aim)
+        dataset = f"{entry.dataset}, {name_protocol(entry.cut)}"
+        rows.append(f"| {' | '.join([name, _name(entry), dataset, *goals, entry.published])} |")
+    commands = [f"python -m benchmarks.leaderboard train {name} --seed 1" for name in entries]
+    parts = [
+        "## Not trained yet",
+        _table(_UNTRAINED_HEAD, rows),
+        _settings(entries),
+        "\n".join(["```sh", *commands, "```"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _table(head: str, rows: list[str]) -> str:
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows])
