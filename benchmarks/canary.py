@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from benchmarks.experiment import CLICK_RATE
 from benchmarks.measure import machine
-from ray_jobs.config import CanaryConfig
 from ray_jobs.online.canary_rules import NUM_INTERVALS
+from ray_jobs.sections.serving import CanaryConfig
 from recsys.sequential import Sums, check_ratio_again, measure_gaps
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,7 +32,6 @@ from data_lake.synthetic import FIRST_ITEM_ID, Shop, ShopConfig, build_shop, ite
 from data_lake.synthetic_events import generate_part
 from data_lake.synthetic_rows import clean_rows
 from data_lake.synthetic_visits import users_table
-from ray_jobs.config import MonitorConfig
 from ray_jobs.drift.axes import DAY_US, Periods, group_of
 from ray_jobs.drift.counts import count_bucket
 from ray_jobs.drift.gather import Gathered
@@ -40,6 +39,7 @@ from ray_jobs.drift.items import add_items, count_items, learn_items
 from ray_jobs.drift.lists import find_score_edges
 from ray_jobs.drift.plan import Counts, Plan
 from ray_jobs.drift.verdict import find_gaps, judge
+from ray_jobs.sections.upkeep import MonitorConfig
 from recsys.context import ContextConfig, ContextEncoder
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,8 +32,9 @@ from data_lake.parquet import encode_parquet
 from data_lake.synthetic import DAY_US
 from data_lake.tables import open_table
 from ray_jobs import build_sequences, generate, ingest
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.job import Report, load_config
+from ray_jobs.sections.storage import expand
 
 RESULTS = Path(__file__).parent / "results"
 CORES = 2

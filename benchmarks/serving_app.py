@@ -112,8 +112,8 @@ def main() -> None:
 
 def serve_stack(way: Way, registry: Path, settings: dict[str, Any], stack: ExitStack) -> None:
     """The whole stack on a Ray of its own."""
-    from ray_jobs.config import ServeConfig
     from ray_jobs.http_path import free_ports, plan_http_path
+    from ray_jobs.sections.serving import ServeConfig
 
     (port,) = free_ports(_HOST, 1)
     folder = tempfile.TemporaryDirectory(prefix="load-", dir="/tmp", ignore_cleanup_errors=True)

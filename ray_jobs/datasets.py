@@ -8,8 +8,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.config import expand
 from ray_jobs.errors import JobError
+from ray_jobs.sections.storage import expand
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, publish, serve, train
-from ray_jobs.config import PipelineConfig, ServeConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.datasets import ensure_dataset
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.http_checks import Check, check_endpoint, example_user
@@ -29,6 +29,7 @@ from ray_jobs.http_path import plan_http_path
 from ray_jobs.job import Report, builtin_configs, load_config
 from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 from ray_jobs.runs import open_run
+from ray_jobs.sections.serving import ServeConfig
 
 _OBJECT_STORE_BYTES = 1_000_000_000
 _NEEDED_BYTES = 4_000_000_000

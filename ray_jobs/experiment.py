@@ -25,13 +25,15 @@ from pyarrow.fs import FileInfo
 from data_lake.schemas import TIMESTAMP
 from data_lake.storage import list_folder, locate
 from data_lake.tables import files_by_bucket, num_buckets_of, open_table
-from ray_jobs.config import ExperimentConfig, PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.exchange import finish_in_order, get
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
 from ray_jobs.online.experiment_report import describe, write_experiment
 from ray_jobs.online.visitors import Period, first_shown, load_events, load_lists, tally_group
+from ray_jobs.sections.serving import ExperimentConfig
+from ray_jobs.sections.storage import expand
 from recsys.attribution import NOTHING, Tally
 from recsys.experiment import METRICS, adjust, check_sample_ratio, compare_arms
 from recsys.metrics import Interval

@@ -22,10 +22,11 @@ import ray.data
 import torch
 from ray.exceptions import RayTaskError
 
-from ray_jobs.config import ExportConfig, PipelineConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
 from ray_jobs.runs import EXPORT, FinishedRun, open_run
+from ray_jobs.sections.models import ExportConfig
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.artifact import sha256_of
 from recsys.comparison import Comparison, compare

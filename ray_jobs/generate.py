@@ -22,9 +22,10 @@ from data_lake.synthetic_events import Trajectories, generate_part
 from data_lake.synthetic_oracle import best_reachable, leave_one_out, oracle_ranks
 from data_lake.synthetic_rows import clean_rows, dump_lines, soil_rows
 from data_lake.synthetic_visits import users_table
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
+from ray_jobs.sections.storage import expand
 
 _STAMP = "generated.json"
 _MIN_POSITIONS = 3  # a training, a validation and a test position

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 from ray.util.state import list_actors
 
-from ray_jobs.config import ServeConfig
+from ray_jobs.sections.serving import ServeConfig
 
 FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -46,10 +46,11 @@ from data_lake.tables import (
 )
 from data_lake.withdrawal import WITHDRAWN, Delivery, write_note
 from data_lake.written import Written
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.exchange import exchange_by_shuffle, exchange_pieces, finish_in_order, get
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.sections.storage import expand
 
 _MAX_ROUNDS = 10
 """Times that a run makes room for others that have committed before it."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
 
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
+from ray_jobs.sections.storage import expand
 
 log = logging.getLogger(__name__)
 

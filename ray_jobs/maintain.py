@@ -32,10 +32,11 @@ from data_lake.maintenance import (
 )
 from data_lake.owners import check_user_ids
 from data_lake.tables import table_exists
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.sections.storage import expand
 
 _MAX_TASKS = 256
 

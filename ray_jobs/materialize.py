@@ -24,9 +24,10 @@ from ray.exceptions import RayTaskError
 
 from data_lake.parquet import read_files
 from data_lake.tables import files_by_bucket
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main
+from ray_jobs.sections.storage import expand
 from ray_jobs.sequences_reader import open_sequences
 from serve_app.history_stores import ServeError
 from serve_app.history_stores.opening import open_store

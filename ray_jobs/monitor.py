@@ -24,7 +24,7 @@ from deltalake import DeltaTable
 
 from data_lake.freshness import newest_event
 from data_lake.tables import open_table
-from ray_jobs.config import MonitorConfig, PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.drift.axes import DAY_US, Periods, as_text, as_us
 from ray_jobs.drift.gather import Gathered, gather
 from ray_jobs.drift.reference import (
@@ -38,6 +38,8 @@ from ray_jobs.drift.verdict import Facts, current_share, find_gaps, judge
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.job_metrics import JobMetrics
+from ray_jobs.sections.storage import expand
+from ray_jobs.sections.upkeep import MonitorConfig
 from recsys.artifact import Artifact, load_artifact
 from recsys.registry import serving_version
 

@@ -15,11 +15,12 @@ import httpx
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.http_path import is_fast
 from ray_jobs.job import Report, main
 from ray_jobs.materialize import history_folder
+from ray_jobs.sections.storage import expand
 from recsys.artifact import load_artifact
 from recsys.registry import serving_version
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ray_jobs.config import PipelineConfig, StartConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.sections.models import StartConfig
+from ray_jobs.sections.storage import expand
 from ray_jobs.sequences_reader import Vocabulary
 from recsys.artifact import Artifact, load_artifact
 from recsys.growth import grow_weights, refuse_other_architecture

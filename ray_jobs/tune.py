@@ -18,11 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import Report, main
 from ray_jobs.job_metrics import JobMetrics
 from ray_jobs.locks import held
+from ray_jobs.sections.storage import expand
 from ray_jobs.sequences_reader import (
     collect_tokens,
     learn_vocabulary,

@@ -28,11 +28,13 @@ from data_lake.withdrawal import (
     read_deliveries,
     withdraw,
 )
-from ray_jobs.config import PipelineConfig, WithdrawConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.job import Report, main, timed
 from ray_jobs.maintain import run_on_cluster
 from ray_jobs.retraining.state import State, read_state, retrains_folder
+from ray_jobs.sections.storage import expand
+from ray_jobs.sections.upkeep import WithdrawConfig
 
 _MAX_LISTED = 50
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.config import MonitorConfig
 from ray_jobs.errors import JobError
+from ray_jobs.sections.upkeep import MonitorConfig
 
 REFERENCE = "reference.json"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ray_jobs.config import MonitorConfig
 from ray_jobs.drift.axes import as_text
 from ray_jobs.drift.gather import Gathered
 from ray_jobs.drift.plan import LIVE_MEASURES
+from ray_jobs.sections.upkeep import MonitorConfig
 from recsys.drift import Measure, covered_shares, jensen_shannon, share_with
 from recsys.drift_null import LEAST_GROUPS, can_be_judged, judge_drift, least_resamples
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ray_jobs.config import CanaryConfig
+from ray_jobs.sections.serving import CanaryConfig
 from recsys.attribution import Tally
 from recsys.experiment import DEGRADED, METRICS, Moments
 from recsys.sequential import Gap, SequentialRatio, check_ratio_again, measure_gap

@@ -10,8 +10,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.config import PipelineConfig, expand
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.sections.storage import expand
 from recsys.registry import Serving
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_lake.weeks import WeekFigures
-from ray_jobs.config import RetrainConfig
+from ray_jobs.sections.upkeep import RetrainConfig
 
 _LEAST_AGREEMENT = 0.02
 """Bits: where items foretell each other less than that, no shuffling can be seen."""

@@ -15,8 +15,8 @@ import httpx
 import psutil
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from ray_jobs.config import ServeConfig
 from ray_jobs.http_path import free_ports, plan_http_path
+from ray_jobs.sections.serving import ServeConfig
 
 _PATIENCE_S = 60.0
 _HOST = "127.0.0.1"

@@ -18,7 +18,9 @@ from data_lake.tables import (
     write_part,
 )
 from ray_jobs import build_sequences
-from ray_jobs.config import PipelineConfig, StorageConfig, TrainConfig
+from ray_jobs.config import PipelineConfig
+from ray_jobs.sections.models import TrainConfig
+from ray_jobs.sections.storage import StorageConfig
 from ray_jobs.sequences_reader import learn_vocabulary
 from recsys.context import ContextConfig
 

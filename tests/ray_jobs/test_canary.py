@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from ray_jobs import canary
-from ray_jobs.config import CanaryConfig, PipelineConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.online.canary_rules import Look, decide, look_at
 from ray_jobs.online.canary_state import open_watch, write_watch
 from ray_jobs.registry import main as registry_main
+from ray_jobs.sections.serving import CanaryConfig
 from recsys.artifact import MANIFEST
 from recsys.attribution import Tally
 from recsys.experiment import Moments

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from ray_jobs import demo
-from ray_jobs.config import ServeConfig
 from ray_jobs.errors import JobError
 from ray_jobs.http_checks import Check
 from ray_jobs.http_path import find_haproxy
 from ray_jobs.job import Report
+from ray_jobs.sections.serving import ServeConfig
 from ray_jobs.serve import refuse_taken_port
 from tests.ray_jobs.conftest import TINY, free_port, tiny_config
 
@@ -64,7 +64,7 @@ import json, sys, urllib.request
 from pathlib import Path
 import psutil, ray
 from fastapi import FastAPI
-from ray_jobs.config import ServeConfig
+from ray_jobs.sections.serving import ServeConfig
 from ray_jobs.demo import private_folder, start_ray
 from ray_jobs.http_path import is_fast
 

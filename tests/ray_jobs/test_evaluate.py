@@ -15,9 +15,11 @@ import torch
 from data_lake.schemas import sequences_schema
 from data_lake.tables import commit_parts, create_table, write_part
 from ray_jobs import evaluate
-from ray_jobs.config import EvaluateConfig, PipelineConfig, StorageConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.runs import open_run
+from ray_jobs.sections.models import EvaluateConfig
+from ray_jobs.sections.storage import StorageConfig
 from recsys.artifact import save_model
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig

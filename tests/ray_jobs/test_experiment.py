@@ -13,11 +13,12 @@ from data_lake.buckets import bucket_of
 from data_lake.schemas import TIMESTAMP, events_schema
 from data_lake.tables import commit_parts, create_table, open_table, write_part
 from ray_jobs import experiment
-from ray_jobs.config import ExperimentConfig, PipelineConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.experiment import Arms, find_arms, judge, list_log, newest_event_us
 from ray_jobs.online.experiment_report import describe, write_experiment
 from ray_jobs.online.visitors import Period
+from ray_jobs.sections.serving import ExperimentConfig
 from recsys.artifact import MANIFEST
 from recsys.attribution import Tally
 from recsys.experiment import Moments

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ray_jobs.config import ExportConfig
 from ray_jobs.errors import JobError
 from ray_jobs.export import Measured, Validation, _report, write_variants
 from ray_jobs.runs import EXPORT, FinishedRun
+from ray_jobs.sections.models import ExportConfig
 from recsys.artifact import load_artifact, sha256_of
 from recsys.comparison import compare
 from recsys.export import Parity

@@ -8,8 +8,9 @@ from data_lake.synthetic import ShopConfig, build_shop
 from data_lake.synthetic_events import generate_part
 from data_lake.synthetic_rows import clean_rows, raw_schema, soil_rows
 from ray_jobs import generate
-from ray_jobs.config import PipelineConfig, StorageConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.sections.storage import StorageConfig
 
 INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
 SHOP = ShopConfig(num_users=60, num_items=40, num_categories=4, num_parts=3, broken_share=0.2)

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from ray_jobs import http_path
-from ray_jobs.config import ServeConfig
 from ray_jobs.demo import private_folder
 from ray_jobs.http_path import _FILES, FAST, find_haproxy, free_ports, plan_http_path
+from ray_jobs.sections.serving import ServeConfig
 from serve_app.schemas import Problem
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,9 @@ from data_lake.maintenance import Trace
 from data_lake.schemas import TIMESTAMP, events_schema, users_schema
 from data_lake.tables import commit_parts, create_table, open_table, read_table, upsert, write_part
 from ray_jobs import build_sequences, maintain, materialize
-from ray_jobs.config import MaintainConfig, PipelineConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError
+from ray_jobs.sections.upkeep import MaintainConfig
 
 INGEST = {
     "user_id": "int64",

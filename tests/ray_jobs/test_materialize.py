@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs import materialize
-from ray_jobs.config import PipelineConfig, ServeConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.sections.serving import ServeConfig
 from ray_jobs.serve import _history_arguments
 from serve_app.history_stores.opening import open_store
 from tests.serve_app.redis_server import running_redis

@@ -18,10 +18,11 @@ from data_lake.freshness import newest_event
 from data_lake.schemas import events_schema, items_schema, users_schema
 from data_lake.tables import commit_parts, create_table, open_table, upsert, write_part
 from ray_jobs import monitor
-from ray_jobs.config import MonitorConfig, PipelineConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.drift.axes import DAY_US, Periods
 from ray_jobs.drift.reference import Reference
 from ray_jobs.errors import JobError
+from ray_jobs.sections.upkeep import MonitorConfig
 from recsys.artifact import publish
 from recsys.errors import ArtifactError
 from recsys.registry import promote

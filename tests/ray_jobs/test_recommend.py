@@ -35,9 +35,10 @@ from data_lake.tables import (
     write_part,
 )
 from ray_jobs import recommend
-from ray_jobs.config import PipelineConfig, RecommendConfig
+from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.recommend import Order, make_lists, make_queries
+from ray_jobs.sections.serving import RecommendConfig
 from recsys.artifact import load_artifact, publish
 from recsys.list_maker import ListMaker
 from recsys.queries import Event, Query, RequestContext

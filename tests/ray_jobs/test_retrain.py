@@ -7,12 +7,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ray_jobs import retrain
-from ray_jobs.config import StartConfig
 from ray_jobs.errors import JobError
 from ray_jobs.locks import held
 from ray_jobs.retrain import Found, Step, configure, find_state, find_weeks, preview
 from ray_jobs.retraining.gates import Verdict
 from ray_jobs.retraining.state import Done, State, read_state, write_state
+from ray_jobs.sections.models import StartConfig
 from recsys.artifact import publish
 from recsys.errors import ArtifactError
 from recsys.registry import promote

@@ -7,7 +7,7 @@ import pytest
 
 from data_lake.schemas import sequences_schema
 from ray_jobs.bucket_tasks import add_up_counts, count_bucket
-from ray_jobs.config import TrainConfig
+from ray_jobs.sections.models import TrainConfig
 from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
 from recsys.splits import SplitConfig, can_train, split_tokens

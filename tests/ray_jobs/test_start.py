@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from ray_jobs import build_sequences, evaluate, generate, ingest, start, train, train_worker
 from ray_jobs import publish as publish_job
-from ray_jobs.config import StartConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import load_config, main
 from ray_jobs.runs import open_run
+from ray_jobs.sections.models import StartConfig
 from ray_jobs.sequences_reader import (
     Learned,
     Vocabulary,

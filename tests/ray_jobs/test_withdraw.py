@@ -12,10 +12,10 @@ from data_lake.tables import commit_parts
 from data_lake.withdrawal import Delivery
 from data_lake.withdrawal import withdraw as withdraw_rows
 from ray_jobs import build_sequences, ingest, withdraw
-from ray_jobs.config import WithdrawConfig
 from ray_jobs.errors import JobError
 from ray_jobs.retraining.gates import Verdict
 from ray_jobs.retraining.state import Done, State, retrains_folder, write_state
+from ray_jobs.sections.upkeep import WithdrawConfig
 from tests.ray_jobs.test_ingest import counts, pipeline, read, write_csv
 
 GOOD = ("u1,i1,view,1000000000", "u2,i2,view,1000000001")

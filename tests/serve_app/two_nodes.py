@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from ray_jobs.config import ServeConfig
 from ray_jobs.http_path import free_ports, plan_http_path
+from ray_jobs.sections.serving import ServeConfig
 
 _CPUS = 3
 _SETTINGS = {"ingress_replicas": 2, "min_rankers": 2, "max_rankers": 2, "ranker_cpus": _CPUS - 1}

@@ -2,7 +2,6 @@
 
 import pytest
 
-from ray_jobs.config import MonitorConfig
 from ray_jobs.drift.reference import (
     Reference,
     describe_settings,
@@ -10,6 +9,7 @@ from ray_jobs.drift.reference import (
     write_reference,
 )
 from ray_jobs.errors import JobError
+from ray_jobs.sections.upkeep import MonitorConfig
 
 
 def test_a_reference_is_read_again_for_the_same_settings(tmp_path):

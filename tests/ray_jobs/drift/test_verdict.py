@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ray_jobs.config import MonitorConfig
 from ray_jobs.drift.axes import NUM_GROUPS
 from ray_jobs.drift.gather import Gathered
 from ray_jobs.drift.report import describe_verdict
 from ray_jobs.drift.verdict import current_share, find_gaps, judge
+from ray_jobs.sections.upkeep import MonitorConfig
 
 MONITOR = MonitorConfig(false_alarm_rate=0.05, num_resamples=100)
 

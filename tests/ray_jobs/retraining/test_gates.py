@@ -3,7 +3,6 @@
 import pytest
 
 from data_lake.weeks import WeekFigures
-from ray_jobs.config import RetrainConfig
 from ray_jobs.errors import ConfigError
 from ray_jobs.job import load_config
 from ray_jobs.retraining.gates import (
@@ -18,6 +17,7 @@ from ray_jobs.retraining.gates import (
     check_unknown_items,
     check_volume,
 )
+from ray_jobs.sections.upkeep import RetrainConfig
 
 LIMITS = RetrainConfig()
 
