@@ -167,17 +167,20 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        # What fails beside the workers, such as writing the history, is not tried again.
-        tries = (
-            "" if isinstance(error, ControllerError) else f" after {config.max_failures} retries"
-        )
         raise JobError(
-            f"Training stopped{tries}: {_find_reason(error)} Start it again with "
-            f"train.name={folder.name} to go on from its last checkpoint."
+            f"Training stopped{_say_how_often(error, config.max_failures)}: {_find_reason(error)} "
+            f"Start it again with train.name={folder.name} to go on from its last checkpoint."
         ) from error
     if "refused" in result.return_value:
         raise TrainingError(result.return_value["refused"])
     return result
+
+
+def _say_how_often(error: TrainingFailedError, max_failures: int) -> str:
+    # What fails beside the workers, such as writing the history, is not tried again.
+    if isinstance(error, ControllerError) or max_failures == 0:
+        return ""
+    return f" after {max_failures} {'retry' if max_failures == 1 else 'retries'}"
 
 
 def _find_reason(error: TrainingFailedError) -> str:
