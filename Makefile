@@ -41,9 +41,9 @@ test: setup  ## unit tests, then Ray, Serve and end-to-end tests
 
 test-slow: setup  ## faults and long end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'slow and not ray and not gpu'
-	$(BIN)/python -m pytest -q -m 'slow and ray and not gpu'
+	$(BIN)/python -m pytest -q -m 'slow and ray and not long and not gpu'
 
-test-long: setup  ## the benchmarks, made small
+test-long: setup  ## the benchmarks, made small, and what CI has no time for
 	$(BIN)/python -m pytest -q -m 'long and not gpu'
 
 lint: setup  ## ruff and mypy

@@ -72,7 +72,7 @@ cluster.shutdown()
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("how", ["lost", "drained"])
+@pytest.mark.parametrize("how", ["lost", pytest.param("drained", marks=pytest.mark.long)])
 def test_a_training_goes_on_with_the_workers_that_are_left(how, tmp_path, tiny_lake):
     tiny_lake(tmp_path, *SETTINGS)
     done = subprocess.run(
