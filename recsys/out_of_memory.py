@@ -23,7 +23,8 @@ def advise_less(batch_size: int, micro_batches: int, world_size: int) -> str:
             f"raise trainer.micro_batches to {parts} (now {micro_batches}), which changes no result"
         )
     if batch_size // 2 >= micro_batches * world_size:
-        advice.append(f"lower batch_size to {batch_size // 2} (now {batch_size})")
+        # A resumed run keeps its recipe.
+        advice.append(f"lower batch_size to {batch_size // 2} (now {batch_size}) in a new run")
     return ", or ".join(advice or ["train a smaller model"])
 
 

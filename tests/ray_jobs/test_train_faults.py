@@ -174,8 +174,8 @@ def test_a_worker_that_never_has_the_memory_stops_the_run_with_what_would_fit(
     assert str(stopped.value) == (
         "Training stopped after 1 retry: Worker 1 ran out of memory in step 2 of epoch 1 "
         "(Tried to allocate 2.00 GiB); raise trainer.micro_batches to 2 (now 1), which changes no "
-        "result, or lower batch_size to 32 (now 64). Start it again with train.name=lean to go on "
-        "from its last checkpoint."
+        "result, or lower batch_size to 32 (now 64) in a new run. Start it again with "
+        "train.name=lean to go on from its last checkpoint."
     )
 
 

@@ -269,7 +269,7 @@ def test_a_step_that_does_not_fit_names_the_settings_that_would(error, monkeypat
     assert "\n" not in message
     assert message.endswith(
         "raise trainer.micro_batches to 2 (now 1), which changes no result, or lower batch_size "
-        "to 9 (now 18)."
+        "to 9 (now 18) in a new run."
     )
     # Half of the batch would leave parts without a window.
     trainer = make_trainer(batch_size=18, micro_batches=18)
