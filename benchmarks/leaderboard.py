@@ -40,7 +40,7 @@ from recsys.interactions import training_counts
 from recsys.item_codes import agree_on_codes
 from recsys.item_table import ItemFeatures
 from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
-from recsys.metrics import mean_accuracy
+from recsys.metrics import accuracy_intervals, mean_accuracy
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
@@ -310,6 +310,21 @@ def _facts(dataset: Dataset, users: np.ndarray, rows: list[Row]) -> dict[str, An
         "test": {
             row.name: {name: asdict(interval) for name, interval in row.accuracy.items()}
             for row in rows
+        },
+        "slices": {
+            name: _measure_slice(rows, marks_T[targets]) for name, marks_T in dataset.marks.items()
+        },
+    }
+
+
+def _measure_slice(rows: list[Row], is_in_N: np.ndarray) -> dict[str, Any]:
+    """Accuracy on the marked targets alone."""
+    of_rows = {row.name: accuracy_intervals(row.ranking.ranks_N[is_in_N]) for row in rows}
+    return {
+        "num_users": int(is_in_N.sum()),
+        "test": {
+            name: {metric: asdict(accuracy[metric]) for metric in METRICS}
+            for name, accuracy in of_rows.items()
         },
     }
 

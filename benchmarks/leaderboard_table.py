@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ kept they have an interval, paired by user (of the seeds that are named, if not 
 Recent popularity counts, for each target, what everybody did in the hour (globo) or the seven days
 before the full hour of that target, held-out events of others among it, as a live shop would;
 nothing at or after that hour. In our copy of ml-1m's ratings.dat the times of ratings of 3 and less
-are interpolated; what reads times may profit from that. No row of globo reads the gap before a
+before December 2nd, 2000 are interpolated; what reads times may profit from that, so the targets
+with original times have figures of their own. No row of globo reads the gap before a
 click: that log invents the time of the last click of a session, 30,000 ms after the one before, so
 the gap at a request would say that its click is the last, as the targets of leave-one-out all
 are."""
@@ -89,6 +91,7 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
         f"## {some['dataset']}, {some['protocol']}",
         facts,
         _table(_HEAD, rows),
+        *_slices(by_row, baselines),
         *(_lift_table(by_row, result["test"], lifts) for result in baselines if by_row),
         "\n".join(_note(result) for result in results if "against" in result),
         _settings({name: entries[name] for name in by_row}),
@@ -150,6 +153,25 @@ def _means(tests: list[_Result]) -> str:
 
 def _mean(seeds: list[_Result], metric: str) -> float:
     return float(np.mean([result["test"]["model"][metric]["mean"] for result in seeds]))
+
+
+def _slices(by_row: Mapping[str, list[_Result]], baselines: list[_Result]) -> Iterator[str]:
+    """The same rows on parts of the targets, where the results tell; not of older ones."""
+    tested: dict[str, dict[str, list[_Result]]] = {}
+    num_users: dict[str, int] = {}
+    for result in [*chain.from_iterable(by_row.values()), *baselines]:
+        for name, part in result.get("slices", {}).items():
+            num_users[name] = part["num_users"]
+            for knowing, test in part["test"].items():
+                of_row = f"{result['row']}" if "row" in result else knowing
+                of_row += "" if knowing in ("model", of_row) else f"; {knowing}"
+                tested.setdefault(name, {}).setdefault(of_row, []).append(test)
+    for name, rows in tested.items():
+        lines = [f"| {row} | {_means(tests)} | {len(tests)} |" for row, tests in rows.items()]
+        yield (
+            f"On the {num_users[name]:,} targets with {name} alone:\n\n"
+            + _table("| row | HR@10 | NDCG@10 | runs |", lines)
+        )
 
 
 def _lift_table(by_row: dict[str, list[_Result]], baselines: _Result, lifts: _Result) -> str:

@@ -24,6 +24,9 @@ from recsys.splits import Split, leave_one_out, temporal_cut
 from recsys.tokens import TokenStore, previous_times
 
 NO_CONTEXT = ContextConfig(categorical=(), time=())
+ORIGINAL_TIMES = "original times"
+_ORIGINAL_SINCE_S = 975_715_200
+"""2000-12-02 00:00 UTC."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Events:
     """Text of each event that a context may name."""
     items: pa.Table | None = None
     """item_id and attributes of the items, where the file's publisher gives any."""
+    marks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """bool `[T]` by name: parts of the events that figures are given for by themselves, too."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Dataset:
     context: ContextEncoder
     store: TokenStore
     split: Split
+    marks: Mapping[str, np.ndarray]
+    """As those of `Events`, in the order of the store."""
 
 
 def read_dataset(
@@ -87,6 +94,7 @@ def read_dataset(
         encoder,
         TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
         split,
+        events.marks,
     )
 
 
@@ -119,13 +127,24 @@ def read_beauty(folder: Path) -> Events:
 
 
 def read_ratings(folder: Path) -> Events:
-    """MovieLens: `user::item::rating::seconds`, and `user::gender::age::...` as the segment."""
+    """MovieLens: `user::item::rating::seconds`, and `user::gender::age::...` as the segment.
+
+    In our copy the times of ratings of 3 and less before December 2nd, 2000 lie between those of
+    their neighbours instead of where they were; `ORIGINAL_TIMES` marks the others.
+    """
     lines = (line.replace("::", " ") for line in (folder / "ratings.dat").open())
-    users_T, items_T, _, seconds_T = np.loadtxt(lines, dtype=np.int64).T
+    users_T, items_T, ratings_T, seconds_T = np.loadtxt(lines, dtype=np.int64).T
     of_user = [line.split("::") for line in (folder / "users.dat").read_text().splitlines()]
     segments = {int(user): f"{gender} {age}" for user, gender, age, *_ in of_user}
     segments_T = pa.array([segments[user] for user in users_T.tolist()])
-    return Events(users_T, items_T, seconds_T * 1_000_000, {"segment": segments_T})
+    is_original_T = (ratings_T > 3) | (seconds_T >= _ORIGINAL_SINCE_S)
+    return Events(
+        users_T,
+        items_T,
+        seconds_T * 1_000_000,
+        {"segment": segments_T},
+        marks={ORIGINAL_TIMES: is_original_T},
+    )
 
 
 def read_clicks(path: Path) -> Events:
@@ -180,6 +199,7 @@ def _in_order(events: Events) -> Events:
         events.timestamps_T[order],
         {name: values.take(pa.array(order)) for name, values in events.columns.items()},
         events.items,
+        {name: marks_T[order] for name, marks_T in events.marks.items()},
     )
 
 

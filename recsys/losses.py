@@ -4,6 +4,7 @@ Every loss is the mean over the M scored positions and 0 when there is none; wit
 (fp32, above 0) it is their weighted mean.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,9 @@ class LossConfig(BaseModel):
     """All but full-softmax."""
     calibration: float = Field(0.75, ge=0, le=1)
     """gbce: `t`; 0 is bce, 1 makes scores those of a full softmax."""
+    prior: bool = False
+    """bce, gbce: whether scores are shifted so that an untrained model takes an item for the target
+    as rarely as it is. Without it training begins by pushing all scores down, for epochs."""
     block_size: int | None = Field(None, ge=1)
     """full-softmax: scored positions whose logits exist at the same time; None: as many as the
     caches of a CPU hold, or 512 MiB of a GPU."""
@@ -40,6 +44,7 @@ class LossConfig(BaseModel):
         mute = {
             "negatives": self.kind == "full-softmax",
             "calibration": self.kind != "gbce",
+            "prior": self.kind not in ("bce", "gbce"),
             "block_size": self.kind != "full-softmax",
         }
         for name in sorted(self.model_fields_set):
@@ -173,6 +178,7 @@ def binary_cross_entropy(
     weights_M: Tensor | None = None,
     *,
     calibration: float = 0.0,
+    prior: bool = False,
 ) -> Tensor:
     """The target as a yes and N negatives as a no each; a mean over all `1 + N`.
 
@@ -181,14 +187,18 @@ def binary_cross_entropy(
     `beta = a * (t * (1 - 1/a) + 1/a)`, `a = N / (I - 1)` being the share of negatives that were
     drawn, so that sampling does not make the model overconfident. In closed form the target costs
     `beta * softplus(-s)`. A negative that equals the target costs nothing.
+
+    With `prior` scores count as `s + log(beta / N)`, the one number that costs least where all
+    scores are alike (Lin et al., 2017, arXiv:1708.02002, section 4.1); no ranking depends on it.
     """
     if len(targets_M) == 0:
         return _nothing(hidden_MD, table_ID, bias_I)
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
     share = min(1.0, negatives.num / max(1, len(table_ID) - NUM_SPECIAL - 1))
     beta = share * (calibration * (1 - 1 / share) + 1 / share)
-    costs_MN = F.softplus(negative_MN).masked_fill(_is_target(negatives, targets_M), 0.0)
-    costs_M = beta * F.softplus(-positive_M) + costs_MN.sum(1)
+    shift = math.log(beta / negatives.num) if prior else 0.0
+    costs_MN = F.softplus(negative_MN + shift).masked_fill(_is_target(negatives, targets_M), 0.0)
+    costs_M = beta * F.softplus(-positive_M - shift) + costs_MN.sum(1)
     mean = costs_M.mean() if weights_M is None else _weighted_mean(costs_M, weights_M)
     return mean / (1 + negatives.num)
 
@@ -211,7 +221,9 @@ def compute_loss(
     if config.kind == "sampled-softmax":
         return sampled_softmax(*scored, negatives, weights_M)
     calibration = config.calibration if config.kind == "gbce" else 0.0
-    return binary_cross_entropy(*scored, negatives, weights_M, calibration=calibration)
+    return binary_cross_entropy(
+        *scored, negatives, weights_M, calibration=calibration, prior=config.prior
+    )
 
 
 def _score(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -239,6 +240,26 @@ def test_the_table_shows_means_over_seeds_and_what_was_published():
     for seed in (1, 2):
         assert f"python -m benchmarks.leaderboard train circle-ce --seed {seed}\n" in text
     assert "Not trained yet" not in text
+
+
+def test_marked_targets_have_figures_of_their_own(circle, monkeypatch):
+    events = published.DATASETS["circle"]()
+    odd = replace(events, marks={"odd users": events.users_T % 2 == 1})
+    monkeypatch.setattr(published, "DATASETS", {"circle": lambda: odd})
+    found = [train("circle-ce", seed=1, threads=1), measure_baselines("circle", None)]
+    ranks_N = np.load(circle / "home/leaderboard/circle-ce-1/ranks.npy")
+    part = found[0]["slices"]["odd users"]
+    assert part["num_users"] == 20
+    mean = np.mean(1 / np.log2(1 + ranks_N[1::2]))  # none is beyond 10
+    assert part["test"]["model"]["NDCG@10"]["mean"] == pytest.approx(mean)
+    assert mean != pytest.approx(found[0]["test"]["model"]["NDCG@10"]["mean"])
+
+    text = render(found, {"circle-ce": _ENTRY}).split("On the 20 targets with odd users alone")[1]
+    (row,) = [line for line in text.splitlines() if line.startswith("| circle-ce |")][:1]
+    assert f"| {mean:.4f} ±" in row
+    ease = found[1]["slices"]["odd users"]["test"]["ease"]["NDCG@10"]["mean"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| ease |")]
+    assert f"| {ease:.4f} ±" in row
 
 
 @pytest.mark.usefixtures("circle")

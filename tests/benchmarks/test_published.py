@@ -41,6 +41,18 @@ def test_ratings_bring_time_and_segment(tmp_path):
     assert events.columns["segment"].to_pylist() == ["M 35", "F 25"]
 
 
+def test_ratings_say_which_times_are_original(tmp_path, monkeypatch):
+    # Of 3 and less before December 2nd, 2000 they are not; rows of user 1 are not in order.
+    lines = ["1::10::3::975715200", "1::11::3::975715199", "1::12::4::100", "2::10::1::7"]
+    (tmp_path / "ratings.dat").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "users.dat").write_text("1::F::25::4::1\n2::M::35::4::1\n")
+    monkeypatch.setattr(
+        published, "DATASETS", {"ratings": lambda: published.read_ratings(tmp_path)}
+    )
+    marks = read_dataset("ratings").marks
+    assert marks[published.ORIGINAL_TIMES].tolist() == [True, False, True, False]
+
+
 @pytest.mark.usefixtures("two_users")
 def test_events_are_sorted_by_user_and_time():
     store = read_dataset("two").store

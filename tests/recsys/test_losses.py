@@ -134,6 +134,26 @@ def test_gbce_counts_the_target_less_the_fewer_negatives_are_drawn():
         assert loss.item() == pytest.approx((beta + 1) * math.log(2) / 2)
 
 
+def test_a_prior_shifts_scores_by_how_rare_a_target_is():
+    # As above with t = 0.5: the target counts 0.625, beside one negative; scores are log(0.625).
+    loss = binary_cross_entropy(*flat(7), torch.tensor([2]), drawn(4), calibration=0.5, prior=True)
+    by_hand = 0.625 * math.log(1 + 1 / 0.625) + math.log(1 + 0.625)
+    assert loss.item() == pytest.approx(by_hand / 2)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("bce", {}), ("gbce", {"calibration": 0.9})])
+def test_with_a_prior_equal_scores_have_nothing_to_gain_from_a_common_shift(kind, own):
+    def slope(*, prior):
+        hidden, table, bias = flat(12)
+        config = LossConfig(kind=kind, prior=prior, **own)
+        bias.requires_grad_()
+        compute_loss(config, hidden, table, bias, torch.tensor([2]), drawn(*range(3, 9))).backward()
+        return bias.grad.sum().item()
+
+    assert slope(prior=True) == pytest.approx(0, abs=1e-6)
+    assert slope(prior=False) > 0.2
+
+
 @pytest.mark.parametrize("kind", ["sampled-softmax", "gbce"])
 def test_each_position_is_held_against_the_negatives_of_its_group(kind):
     generator = torch.Generator().manual_seed(3)
@@ -286,6 +306,7 @@ def test_a_parameter_of_another_loss_is_refused():
     for kind, wrong in (
         ("full-softmax", {"negatives": {"num": 3}}),
         ("bce", {"calibration": 0.5}),
+        ("sampled-softmax", {"prior": True}),
         ("sampled-softmax", {"block_size": 9}),
     ):
         with pytest.raises(ValidationError, match=f"{kind} has no {next(iter(wrong))}"):
