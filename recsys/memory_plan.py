@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys.batches import Batch, BatchMaker, ObjectiveConfig
 from recsys.catalogue import NUM_SPECIAL
 from recsys.evaluation import block_size
+from recsys.heap import Heap
 from recsys.losses import block_bytes
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
@@ -233,6 +234,8 @@ def _kept_per_window(
     dtype: torch.dtype,
 ) -> float:
     """What the encoder keeps for the backward pass, measured on two windows of full length."""
+    # These are the first products of a process that plans before it trains.
+    Heap.bound_kernels()
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
