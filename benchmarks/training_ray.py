@@ -27,6 +27,7 @@ from data_lake.buckets import bucket_of
 from data_lake.schemas import PARTITION, TIMESTAMP, sequences_schema
 from data_lake.tables import commit_parts, create_table, write_part
 from ray_jobs.config import PipelineConfig
+from ray_jobs.job import HUGE_PAGES
 from recsys.recipe import read_recipe
 from recsys.splits import split_tokens
 from recsys.targets import find_targets
@@ -64,7 +65,8 @@ def measure_scaling(size: Size) -> dict[str, Any]:
 
     One thread a worker. An epoch under Ray is the time from one line of its history to the next:
     training, validation, report and checkpoint. `overhead` is what one worker takes longer than
-    the plain trainer, relative to it; the two take turns, `ROUNDS` times.
+    the plain trainer, relative to it; the two take turns, `ROUNDS` times. Both ask for huge pages,
+    as a job of its own does.
     """
     plain, workers = [], {num: [] for num in WORKERS}
     with tempfile.TemporaryDirectory() as folder:
@@ -280,6 +282,7 @@ def _ask(what: str, root: str, num_workers: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        **HUGE_PAGES,
     }
     done = subprocess.run(
         command,

@@ -23,6 +23,10 @@ from ray_jobs.config import CONFIGS, PipelineConfig
 from ray_jobs.errors import ConfigError
 from ray_jobs.reasons import OURS, keep_reasons, sentence_of
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Lets the C library ask for huge pages where Linux gives them on request: fewer misses, and fewer
+pages that are faulted in, in every step of a training on a CPU. Read when a process starts."""
+
 log = logging.getLogger(__name__)
 
 
@@ -166,6 +170,9 @@ def connected() -> Iterator[None]:
     if "RAY_ADDRESS" not in os.environ:
         # A private Ray on the loopback needs no token; a cluster's own mode is never touched.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Its workers inherit what is set now; those of a cluster have what its manifest says.
+        for name, value in HUGE_PAGES.items():
+            os.environ.setdefault(name, value)
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     try:
         yield

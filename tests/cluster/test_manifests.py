@@ -17,7 +17,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from ray_jobs.http_path import FAST
-from ray_jobs.job import load_config
+from ray_jobs.job import HUGE_PAGES, load_config
 from serve_app.settings import Settings
 from tests.cluster.kuberay import SCHEMAS
 from tests.cluster.manifests import (
@@ -107,6 +107,8 @@ def test_the_cluster_of_ray_up_fits_the_schema_of_ray():
     for name in ("CPU", "GPU"):
         most = sum(kind["max_workers"] * kind["resources"].get(name, 0) for kind in types.values())
         assert f"--env NEXTITEM_CLUSTER_{name}S={most}" in options
+    for name, value in HUGE_PAGES.items():
+        assert f"--env {name}={value}" in options
     for local in config["file_mounts"].values():
         assert local.startswith("~") or (ROOT / local).exists()
 
@@ -281,6 +283,15 @@ def test_jobs_know_how_far_their_cluster_grows(overlay):
         most["GPU"] += group["maxReplicas"] * resources["limits"].get("nvidia.com/gpu", 0)
     told = {name: int(environment_of(overlay).get(f"NEXTITEM_CLUSTER_{name}S", 0)) for name in most}
     assert told == most
+
+
+@in_every_overlay
+def test_workers_of_jobs_ask_for_huge_pages(overlay):
+    cluster = find(render(overlay), "RayCluster", "nextitem-jobs")
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert HUGE_PAGES.items() <= variables.items()
 
 
 def test_feast_has_the_views_of_the_package_and_a_store_that_exists():

@@ -1,11 +1,13 @@
 """What every job shares: configuration, overrides, dry runs and how a job ends."""
 
 import json
+import os
 
 import pytest
 
+from ray_jobs import job
 from ray_jobs.errors import ConfigError, JobError
-from ray_jobs.job import Report, builtin_configs, load_config, main
+from ray_jobs.job import HUGE_PAGES, Report, builtin_configs, connected, load_config, main
 
 
 def test_every_configuration_that_comes_with_the_package_is_valid():
@@ -124,3 +126,19 @@ def test_an_option_from_an_unset_variable_says_so(monkeypatch):
     monkeypatch.delenv("SHOP_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"storage\.options: .* SHOP_KEY is not set"):
         load_config("synthetic", ['storage.options={AWS_ACCESS_KEY_ID="$SHOP_KEY"}'])
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.check=1"])
+def test_workers_of_a_ray_of_our_own_ask_for_huge_pages(own, monkeypatch):
+    (name,) = HUGE_PAGES
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started_with = []
+    monkeypatch.setattr(job.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(job.ray, "init", lambda **_: started_with.append(os.environ[name]))
+    monkeypatch.setattr(job.ray, "shutdown", lambda: None)
+    with connected():
+        pass
+    assert started_with == [own or HUGE_PAGES[name]]
