@@ -32,6 +32,7 @@ from data_lake.tables import (
     table_exists,
 )
 from ray_jobs.config import PipelineConfig
+from ray_jobs.fan_out import one_block_each
 from ray_jobs.job import Report, main, timed
 
 _STAMP = "nextitem.sequences"
@@ -187,10 +188,8 @@ def _map_buckets(
         (bucket,) = batch.to_pylist()
         return function(Bucket(**bucket), build)
 
-    tasks = [asdict(bucket) for bucket in buckets]
-    return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        work, batch_size=1, batch_format="pyarrow"
-    )
+    tasks = one_block_each([asdict(bucket) for bucket in buckets])
+    return tasks.map_batches(work, batch_size=1, batch_format="pyarrow")
 
 
 def _commit(sequences: DeltaTable, built: Built, stamp: dict[str, Any]) -> int:

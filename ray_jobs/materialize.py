@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 from ray.exceptions import RayTaskError
 
 from data_lake.parquet import read_files
 from data_lake.tables import files_by_bucket
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
+from ray_jobs.fan_out import one_block_each
 from ray_jobs.job import Report, main
 from ray_jobs.sections.storage import expand
 from ray_jobs.sequences_reader import open_sequences
@@ -112,7 +112,7 @@ def _write(config: PipelineConfig, files: dict[int, list[str]], target: Path) ->
     temporary.mkdir(parents=True)
     buckets = [{"bucket": bucket, "files": paths} for bucket, paths in sorted(files.items())]
     try:
-        ray.data.from_items(buckets, override_num_blocks=len(buckets)).map_batches(
+        one_block_each(buckets).map_batches(
             _write_bucket,
             batch_size=1,
             batch_format="pyarrow",

@@ -18,6 +18,7 @@ from data_lake.tables import (
 )
 from ray_jobs.bucket_tasks import add_up_counts, count_bucket, encode_bucket
 from ray_jobs.config import PipelineConfig
+from ray_jobs.fan_out import one_block_each
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
 from recsys.context import ContextEncoder
@@ -154,7 +155,7 @@ def _buckets(sequences: DeltaTable) -> ray.data.Dataset:
     # The order of users must not depend on which task ends first.
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     buckets = [{"files": files} for _, files in sorted(files_by_bucket(sequences).items())]
-    return ray.data.from_items(buckets, override_num_blocks=len(buckets))
+    return one_block_each(buckets)
 
 
 def _list_fields(sequences: DeltaTable, config: PipelineConfig) -> list[str]:
