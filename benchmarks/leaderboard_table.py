@@ -156,14 +156,16 @@ def _mean(seeds: list[_Result], metric: str) -> float:
 
 
 def _slices(by_row: Mapping[str, list[_Result]], baselines: list[_Result]) -> Iterator[str]:
-    """The same rows on parts of the targets, where the results tell; not of older ones."""
+    """The same rows on parts of the targets that are not all, where the results tell."""
     tested: dict[str, dict[str, list[_Result]]] = {}
     num_users: dict[str, int] = {}
     for result in [*chain.from_iterable(by_row.values()), *baselines]:
         for name, part in result.get("slices", {}).items():
+            if part["num_users"] == result["num_users"]:
+                continue
             num_users[name] = part["num_users"]
             for knowing, test in part["test"].items():
-                of_row = f"{result['row']}" if "row" in result else knowing
+                of_row = result.get("row", knowing)
                 of_row += "" if knowing in ("model", of_row) else f"; {knowing}"
                 tested.setdefault(name, {}).setdefault(of_row, []).append(test)
     for name, rows in tested.items():
