@@ -30,16 +30,31 @@ def test_grandchildren_count_too():
 
 def test_a_process_that_outlives_its_parent_still_counts():
     program = """
-import os, time
+import os, sys
 if os.fork() == 0:
     if os.fork() == 0:
-        time.sleep(0.6)
+        print("both are there", flush=True)
+        input()  # the first sample is taken, now the parent may end
+        os.kill(os.getppid(), 9)
         block = b"x" * 200_000_000
-        time.sleep(0.6)
-    os._exit(time.sleep(0.3) or 0)
-time.sleep(1.6)
+        print("held", flush=True)
+        sys.stdin.read()
+        os._exit(0)
+    os.wait()
+os.wait()
+sys.stdin.read()
 """
-    assert measured(python(program)).peak_bytes == pytest.approx(200 * MB, rel=0.15)
+    with subprocess.Popen(
+        python(program), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        with PeakMemory(process.pid) as memory:
+            process.stdin.write(b"\n")
+            process.stdout.readline()
+        process.stdin.close()
+    assert memory.peak_bytes == pytest.approx(200 * MB, rel=0.15)
 
 
 def test_memory_that_two_children_map_counts_once():
