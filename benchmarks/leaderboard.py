@@ -21,7 +21,7 @@ import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from recsys.metrics import accuracy_intervals, mean_accuracy
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
+from recsys.splits import CutTarget
 from recsys.trainer import Trainer, TrainerConfig
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
@@ -58,7 +59,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     code = code_version()
     entry = read_entries()[name]
-    dataset = read_dataset(entry.dataset, entry.context, entry.cut)
+    dataset = read_dataset(entry.dataset, entry.context, entry.cut, entry.cut_target)
     trainer = make_trainer(entry, dataset, seed)
     folder = _home() / f"{name}-{seed}"
     history = _train_to_the_end(trainer, folder)
@@ -155,11 +156,14 @@ def compare_trainings(name: str, other: str, seed: int) -> dict[str, Any]:
 
 
 def measure_baselines(
-    name: str, cut: tuple[float, float] | None, max_users: int = 30_000
+    name: str,
+    cut: tuple[float, float] | None,
+    cut_target: CutTarget = "first",
+    max_users: int = 30_000,
 ) -> dict[str, Any]:
     """Every baseline on the test targets of a data set; recent popularity where there are times."""
     code = code_version()
-    dataset = read_dataset(name, cut=cut)
+    dataset = read_dataset(name, cut=cut, cut_target=cut_target)
     users = choose_targets(dataset, max_users)
     is_small = dataset.catalogue.num_items <= EASE.max_items
     is_timed = (dataset.store.timestamps_T != NO_TIME).any()
@@ -180,11 +184,13 @@ def measure_baselines(
     found = {
         "baselines": name,
         "cut": cut,
+        "cut_target": cut_target,
         "machine": machine(),
         "code_version": code,
         **_facts(dataset, users, rows),
     }
-    _keep(f"baselines-{name}{'-cut' if cut else ''}", found)
+    suffix = "" if cut is None else {"first": "-cut", "last": "-cut-last"}[cut_target]
+    _keep(f"baselines-{name}{suffix}", found)
     return found
 
 
@@ -349,6 +355,7 @@ def main() -> None:
     baselines = commands.add_parser("baselines")
     baselines.add_argument("dataset", choices=DATASETS)
     baselines.add_argument("--cut", type=float, nargs=2)
+    baselines.add_argument("--cut_target", choices=get_args(CutTarget), default="first")
     compares = commands.add_parser("compare")
     compares.add_argument("row", choices=sorted(read_entries()))
     compares.add_argument("against", choices=sorted(read_entries()))
@@ -364,7 +371,8 @@ def main() -> None:
     elif arguments.command == "compare":
         print(json.dumps(compare_trainings(arguments.row, arguments.against, arguments.seed)))
     elif arguments.command == "baselines":
-        print(json.dumps(measure_baselines(arguments.dataset, arguments.cut)["test"]))
+        protocol = arguments.cut, arguments.cut_target
+        print(json.dumps(measure_baselines(arguments.dataset, *protocol)["test"]))
     else:
         measure_lifts()
         RESULTS.with_suffix(".md").write_text(render(read_results(), read_entries()))

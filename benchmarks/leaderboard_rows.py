@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.published import NO_CONTEXT
 from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
+from recsys.splits import CutTarget
 
 
 class Entry(BaseModel):
@@ -21,6 +22,8 @@ class Entry(BaseModel):
     attributes: AttributesConfig = AttributesConfig()
     cut: tuple[float, float] | None = None
     """By time, see `published.read_dataset`; by default the last event of each user tests."""
+    cut_target: CutTarget = "first"
+    """Which event of a user in a period is ranked."""
     recipe: str
     max_epochs: int
     floor: tuple[float, float] | None = None

@@ -247,7 +247,9 @@ def _commands(results: list[_Result]) -> list[str]:
             commands.append(f"compare {compared} --seed {result['seeds']}")
         elif "baselines" in result:
             cut = f" --cut {' '.join(map(str, result['cut']))}" if result["cut"] else ""
-            commands.append(f"baselines {result['dataset']}{cut}")
+            is_last = result.get("cut_target") == "last"
+            target = " --cut_target last" if is_last else ""
+            commands.append(f"baselines {result['dataset']}{cut}{target}")
     return [f"python -m benchmarks.leaderboard {command}" for command in commands]
 
 
@@ -255,7 +257,7 @@ def _render_untrained(entries: Mapping[str, Entry]) -> str:
     rows = []
     for name, entry in entries.items():
         goals = _pair(entry.floor), _pair(entry.aim)
-        dataset = f"{entry.dataset}, {name_protocol(entry.cut)}"
+        dataset = f"{entry.dataset}, {name_protocol(entry.cut, entry.cut_target)}"
         rows.append(f"| {' | '.join([name, _name(entry), dataset, *goals, entry.published])} |")
     commands = [f"python -m benchmarks.leaderboard train {name} --seed 1" for name in entries]
     parts = [

@@ -20,7 +20,7 @@ from data_lake.synthetic_visits import users_table
 from recsys.catalogue import Catalogue
 from recsys.context import NO_TIME, ContextConfig, ContextEncoder
 from recsys.interactions import training_counts, training_positions
-from recsys.splits import Split, leave_one_out, temporal_cut
+from recsys.splits import CutTarget, Split, leave_one_out, temporal_cut
 from recsys.tokens import TokenStore, previous_times
 
 NO_CONTEXT = ContextConfig(categorical=(), time=())
@@ -62,18 +62,21 @@ class Dataset:
 
 
 def read_dataset(
-    name: str, context: ContextConfig = NO_CONTEXT, cut: tuple[float, float] | None = None
+    name: str,
+    context: ContextConfig = NO_CONTEXT,
+    cut: tuple[float, float] | None = None,
+    cut_target: CutTarget = "first",
 ) -> Dataset:
     """One of `DATASETS`, split by leave-one-out, or by the clock with a `cut`: validation begins at
-    the first and test at the second quantile of all times, and a user's first event in a period is
-    the target there.
+    the first and test at the second quantile of all times, and a user's first or last event in a
+    period is the target there.
 
     Raises: KeyError, FileNotFoundError, ValueError for a cut through events without times.
     """
     events = _in_order(DATASETS[name]())
     user_ids_U, counts_U = np.unique(events.users_T, return_counts=True)
     offsets_U = np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)
-    split = _split(offsets_U, events.timestamps_T, cut)
+    split = _split(offsets_U, events.timestamps_T, cut, cut_target)
     item_ids, places_T = np.unique(events.items_T, return_inverse=True)
     bare = Catalogue.build(pa.array(item_ids), np.zeros(len(item_ids), np.int64), None)
     store = TokenStore(
@@ -89,7 +92,7 @@ def read_dataset(
     codes_TF = encoder.encode(events.timestamps_T, previous_T, events.columns)
     return Dataset(
         name,
-        name_protocol(cut),
+        name_protocol(cut, cut_target),
         Catalogue.build(bare.item_ids, counts_I[-bare.num_items :], events.items),
         encoder,
         TokenStore(store.user_ids, offsets_U, store.items_T, codes_TF, store.timestamps_T),
@@ -98,9 +101,12 @@ def read_dataset(
     )
 
 
-def name_protocol(cut: tuple[float, float] | None) -> str:
+def name_protocol(cut: tuple[float, float] | None, cut_target: CutTarget) -> str:
     """How a data set is split, in words."""
-    return "leave-one-out" if cut is None else f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}"
+    if cut is None:
+        return "leave-one-out"
+    which = ", last targets" if cut_target == "last" else ""
+    return f"temporal cut at {cut[0]:.0%} and {cut[1]:.0%}{which}"
 
 
 def read_pairs(path: Path) -> Events:
@@ -204,14 +210,18 @@ def _in_order(events: Events) -> Events:
 
 
 def _split(
-    offsets_U: np.ndarray, timestamps_T: np.ndarray, cut: tuple[float, float] | None
+    offsets_U: np.ndarray,
+    timestamps_T: np.ndarray,
+    cut: tuple[float, float] | None,
+    cut_target: CutTarget,
 ) -> Split:
     if cut is None:
         return leave_one_out(offsets_U)
     if (timestamps_T == NO_TIME).any():
         raise ValueError("This data set has no times, so it cannot be cut by them; leave cut out.")
     validation_us, test_us = np.quantile(timestamps_T, cut).astype(np.int64).tolist()
-    return temporal_cut(offsets_U, timestamps_T, validation_us, test_us)
+    cuts = validation_us, test_us
+    return temporal_cut(offsets_U, timestamps_T, *cuts, cut_target=cut_target)
 
 
 def _learn_context(

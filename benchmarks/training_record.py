@@ -81,7 +81,8 @@ def _render_scaling(found: dict[str, Any]) -> str:
         "",
         f"{found['recipe']} on {found['users']:,} users, one thread a worker. An epoch of the "
         f"plain trainer takes {found['plain_epoch_s']:.1f} s, validation included; under Ray, "
-        f"report and checkpoint included, one worker takes {found['overhead']:+.1%}. Before the "
+        f"report and checkpoint included, one worker takes {abs(found['overhead']):.1%} "
+        f"{'less' if found['overhead'] < 0 else 'more'}. Before the "
         "first epoch the job reads the sequences and starts its workers.",
         "",
         "| workers | s an epoch | tokens/s | s before the first epoch |",

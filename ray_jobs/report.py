@@ -79,7 +79,11 @@ def describe_cut(protocol: Facts) -> str:
     if protocol["kind"] != "temporal-cut":
         return "the last event of each user tests, the one before validates"
     validation, test = (_date(protocol[key]) for key in ("validation_from", "test_from"))
-    return f"training before {validation}, validation from then on, test from {test}"
+    which = protocol.get("cut_target", "first")
+    return (
+        f"training before {validation}, validation from then on, test from {test}, the {which} "
+        "target event of a user in each"
+    )
 
 
 def describe_result(evaluation: Facts) -> str:

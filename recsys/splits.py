@@ -19,6 +19,8 @@ from recsys.errors import TrainingError
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
 
+CutTarget = Literal["first", "last"]
+
 
 class SplitConfig(BaseModel):
     """How sequences are cut."""
@@ -32,7 +34,12 @@ class SplitConfig(BaseModel):
     validation_from: AwareDatetime | None = None
     """temporal-cut: events before it train."""
     test_from: AwareDatetime | None = None
-    """temporal-cut: a user's first target event at or after it tests."""
+    """temporal-cut: target events at or after it test, one of a user."""
+    cut_target: CutTarget = "first"
+    """temporal-cut: which target event of each later period. The first follows what was trained;
+    before the last one stands all that its user did in the period, as a shop sees it between two
+    trainings.
+    """
 
     @model_validator(mode="after")
     def _has_cuts(self) -> "SplitConfig":
@@ -96,7 +103,7 @@ def split_offsets(
     assert config.validation_from is not None
     assert config.test_from is not None
     cuts = _microseconds(config.validation_from), _microseconds(config.test_from)
-    return temporal_cut(offsets_U, timestamps_T, *cuts, is_target_T)
+    return temporal_cut(offsets_U, timestamps_T, *cuts, is_target_T, config.cut_target)
 
 
 def leave_one_out(offsets_U: np.ndarray, is_target_T: np.ndarray | None = None) -> Split:
@@ -126,24 +133,25 @@ def temporal_cut(
     validation_us: int,
     test_us: int,
     is_target_T: np.ndarray | None = None,
+    cut_target: CutTarget = "first",
 ) -> Split:
-    """Events before `validation_us` train; a user's first target in each later period is its target
-    there.
+    """Events before `validation_us` train; the first or last target event of a user in each later
+    period is its target there.
 
     A target needs at least one event before it, of whatever period.
     """
     starts_U, ends_U = offsets_U[:-1], offsets_U[1:]
     train_end_U = starts_U + _count_before(offsets_U, timestamps_T, validation_us)
     test_start_U = starts_U + _count_before(offsets_U, timestamps_T, test_us)
-    validation_U = _first_from(train_end_U, is_target_T)
-    test_U = _first_from(test_start_U, is_target_T)
-    has_validation_U = (validation_U < test_start_U) & (validation_U > starts_U)
-    has_test_U = (test_U < ends_U) & (test_U > starts_U)
-    return Split(
-        train_end_U=train_end_U,
-        validation_U=np.where(has_validation_U, validation_U, -1),
-        test_U=np.where(has_test_U, test_U, -1),
-    )
+    later_U = []
+    for from_U, until_U in ((train_end_U, test_start_U), (test_start_U, ends_U)):
+        if cut_target == "first":
+            targets_U = _first_from(from_U, is_target_T)
+        else:
+            targets_U, _ = _last_two(until_U, is_target_T)
+        is_there_U = (targets_U >= from_U) & (targets_U < until_U) & (targets_U > starts_U)
+        later_U.append(np.where(is_there_U, targets_U, -1))
+    return Split(train_end_U, *later_U)
 
 
 def can_train(

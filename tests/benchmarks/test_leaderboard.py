@@ -92,7 +92,7 @@ def test_every_row_fits_its_recipe_and_data(name, entry, small_data, small_shop,
     monkeypatch.setenv("NEXTITEM_DATA", str(small_data))
     shops = {shop: lambda: small_shop for shop in published.DATASETS if "shop" in shop}
     monkeypatch.setattr(published, "DATASETS", {**published.DATASETS, **shops})
-    dataset = published.read_dataset(entry.dataset, entry.context, entry.cut)
+    dataset = published.read_dataset(entry.dataset, entry.context, entry.cut, entry.cut_target)
     assert (dataset.split.validation_U >= 0).any()
     assert (dataset.split.test_U >= 0).any()
     # Every field that the row names says something about some event.
@@ -276,8 +276,11 @@ def test_the_table_says_which_goals_are_reached():
 def test_rows_without_a_result_are_listed():
     found = train("circle-ce", seed=1, threads=1)
     later = _ENTRY.model_copy(update={"cut": (0.5, 0.75), "floor": (0.3, 0.2)})
-    text = render([found], {"circle-ce": _ENTRY, "later": later}).split("## Not trained yet")[1]
+    last = later.model_copy(update={"cut_target": "last"})
+    rows = {"circle-ce": _ENTRY, "later": later, "last": last}
+    text = render([found], rows).split("## Not trained yet")[1]
     assert "| later | sasrec-ce | circle, temporal cut at 50% and 75% | 0.300 / 0.200 |" in text
+    assert "| last | sasrec-ce | circle, temporal cut at 50% and 75%, last targets |" in text
     assert "train later --seed 1" in text
     assert "circle-ce" not in text
 

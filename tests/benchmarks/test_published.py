@@ -74,6 +74,9 @@ def test_a_cut_takes_the_first_event_after_each_quantile():
     split = read_dataset("two", cut=(0.5, 0.75)).split
     assert split.validation_U.tolist() == [1, 5]
     assert split.test_U.tolist() == [2, -1]
+    last = read_dataset("two", cut=(0.5, 0.75), cut_target="last")
+    assert last.split.test_U.tolist() == [3, -1]
+    assert last.protocol == "temporal cut at 50% and 75%, last targets"
 
 
 def test_a_file_without_times_cannot_be_cut(monkeypatch):

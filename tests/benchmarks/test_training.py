@@ -198,7 +198,7 @@ def test_the_record_shows_each_side_and_what_was_not_measured():
     )
     assert "| sasrec | ours | 1,000 | 10.0 | 100 | 4.00 | 0.1200 |" in text
     assert f"| sasrec | {PEER} | 300 | 12.0 | 25 | 1.00 | 0.1000 |" in text
-    assert "one worker takes +1.7%" in text
+    assert "one worker takes 1.7% more." in text
     assert "| 1 | 61.0 | 70,000 | 12.0 |\n" in text
     assert "| 2 | 40.0 | 99,000 | not measured |\n\n4 cores.\n" in text
     assert "1,000,000 users to the first batch: 9.0 s (tokens 4.0 s)" in text
@@ -407,7 +407,9 @@ def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
         "tokens_per_s": 95,
         "start_s": 13.3,
     }
-    assert "one worker takes +5.0%" in render({"scaling": {"machine": "2 cores", **found}})
+    assert "one worker takes 5.0% more." in render({"scaling": {"machine": "2 cores", **found}})
+    faster = {"machine": "2 cores", **found, "overhead": -0.044}
+    assert "one worker takes 4.4% less." in render({"scaling": faster})
 
 
 @pytest.mark.long

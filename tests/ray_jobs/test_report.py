@@ -128,8 +128,10 @@ def test_the_dates_of_a_temporal_cut_are_said(report):
     text, _ = report(protocol=cut)
     assert (
         "| Protocol | temporal-cut: training before 2025-03-20 00:00 UTC, validation from then on, "
-        "test from 2025-03-25 12:00 UTC |" in text
+        "test from 2025-03-25 12:00 UTC, the first target event of a user in each |" in text
     )
+    text, _ = report(protocol={**cut, "cut_target": "last"})
+    assert "the last target event of a user in each |" in text
 
 
 def test_a_comparison_of_runs_has_a_picture_and_a_table(report):

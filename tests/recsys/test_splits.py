@@ -60,9 +60,31 @@ def test_the_first_event_of_a_later_period_is_its_target(name):
 
 def test_users_are_cut_one_by_one():
     times_T = np.array([1, 15, 25, 2, 3])
-    split = temporal_cut(np.array([0, 3, 5]), times_T, 10, 20)
-    assert split.train_end_U.tolist() == [1, 5]
-    assert split.test_U.tolist() == [2, -1]
+    for which in ("first", "last"):
+        split = temporal_cut(np.array([0, 3, 5]), times_T, 10, 20, cut_target=which)
+        assert split.train_end_U.tolist() == [1, 5]
+        assert split.test_U.tolist() == [2, -1]
+
+
+# The same users; validation and test position.
+LAST_OF_PERIODS = {
+    "events in all periods": (3, 5),
+    "no validation event": (-1, 1),
+    "training alone": (-1, -1),
+    "nothing before validation": (-1, 1),
+    "nothing before test": (-1, 1),
+    "events at the cut belong after it": (1, -1),
+}
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_the_last_event_of_a_later_period_is_its_target_where_that_is_asked(name):
+    times, train_end, _, _ = TEMPORAL[name]
+    offsets_U = np.array([0, len(times)])
+    split = temporal_cut(offsets_U, np.array(times), 10, 20, cut_target="last")
+    found = split.train_end_U.tolist(), split.validation_U.tolist(), split.test_U.tolist()
+    validation, test = LAST_OF_PERIODS[name]
+    assert found == ([train_end], [validation], [test])
 
 
 def test_a_store_is_cut_by_the_dates_of_the_configuration(make_store):
@@ -74,6 +96,10 @@ def test_a_store_is_cut_by_the_dates_of_the_configuration(make_store):
     )
     split = split_tokens(store, config)
     assert (split.train_end_U[0], split.validation_U[0], split.test_U[0]) == (1, 1, 2)
+
+    store = make_store([[0, 1, 2, 3]], days=[[0, 5, 6, 9]])
+    split = split_tokens(store, config.model_copy(update={"cut_target": "last"}))
+    assert (split.train_end_U[0], split.validation_U[0], split.test_U[0]) == (1, 2, 3)
 
 
 def test_a_temporal_cut_needs_both_dates():
@@ -118,7 +144,11 @@ def test_when_every_event_is_a_target_nothing_changes():
     offsets_U = np.array([0, 1, 3, 6, 10, 10, 17])
     times_T = np.random.default_rng(0).integers(0, 30, 17)
     everything_T = np.ones(17, bool)
-    for cut in (leave_one_out, lambda U, *marks: temporal_cut(U, times_T, 10, 20, *marks)):
+    for cut in (
+        leave_one_out,
+        lambda U, marks=None: temporal_cut(U, times_T, 10, 20, marks),
+        lambda U, marks=None: temporal_cut(U, times_T, 10, 20, marks, "last"),
+    ):
         plain, marked = cut(offsets_U), cut(offsets_U, everything_T)
         assert plain.train_end_U.tolist() == marked.train_end_U.tolist()
         assert plain.validation_U.tolist() == marked.validation_U.tolist()
@@ -145,6 +175,33 @@ def test_the_first_target_of_a_later_period_is_looked_for_among_its_events(name)
     assert split.train_end_U.tolist() == [train_end]
     assert split.validation_U.tolist() == [validation]
     assert split.test_U.tolist() == [test]
+
+
+# The same users; the last target of each period.
+LAST_TEMPORAL_TARGETS = {
+    "first target of each period": ([2], [4]),
+    "history of the period alone": ([1], [3]),
+    "no target in validation": ([-1], [2]),
+    "nothing before the target": ([-1], [2]),
+    "no target in test": ([1], [-1]),
+}
+
+
+@pytest.mark.parametrize("name", TEMPORAL_TARGETS)
+def test_the_last_target_of_a_later_period_is_looked_for_among_its_events(name):
+    times, events, _, _, _ = TEMPORAL_TARGETS[name]
+    offsets_U = np.array([0, len(times)])
+    split = temporal_cut(offsets_U, np.array(times), 10, 20, _is_target(events), "last")
+    found = split.validation_U.tolist(), split.test_U.tolist()
+    assert found == LAST_TEMPORAL_TARGETS[name]
+
+
+def test_the_last_target_of_one_user_is_not_taken_for_that_of_the_next():
+    # The second user has no target in either period.
+    times_T = np.array([1, 10, 11, 20, 21, 1, 10, 20])
+    split = temporal_cut(np.array([0, 5, 8]), times_T, 10, 20, _is_target("vppppvvv"), "last")
+    assert split.validation_U.tolist() == [2, -1]
+    assert split.test_U.tolist() == [4, -1]
 
 
 def test_a_user_trains_with_a_target_that_has_an_event_before_it():
