@@ -21,8 +21,8 @@ validation targets after the last epoch, among the whole catalogue without the i
 RecTools hands over lists, and both are measured by `recsys.metrics`.
 
 scaling: an epoch of the plain trainer and under Ray Train with 1, 2 and 4 workers of one thread.
-loading: from the sequences table of a million users to the first batch. compile: an epoch with and
-without torch.compile, taking turns. gpu: see `training_gpu`.
+loading: from the sequences table of a million users to the first batch. huge-pages and compile: an
+epoch with and without, taking turns. gpu: see `training_gpu`.
 
 RecTools is installed in an environment of its own, which is kept for the next time. Without an
 option that changes figures, each case is written to `results/training.json` as soon as it is
@@ -45,7 +45,15 @@ from benchmarks.measure import machine
 from benchmarks.training_cases import CASES, find_case
 from benchmarks.training_compile import measure_compile
 from benchmarks.training_gpu import measure_gpu
-from benchmarks.training_ray import LOADING, QUICK, SCALING, measure_loading, measure_scaling
+from benchmarks.training_ray import (
+    HUGE,
+    LOADING,
+    QUICK,
+    SCALING,
+    measure_huge_pages,
+    measure_loading,
+    measure_scaling,
+)
 from benchmarks.training_record import render
 from benchmarks.training_sides import (
     PEER,
@@ -58,7 +66,7 @@ from benchmarks.training_sides import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-OTHERS = ("scaling", "loading", "compile", "gpu")
+OTHERS = ("scaling", "loading", "huge-pages", "compile", "gpu")
 PRECISIONS = {"ours": "auto", "ours, fp32": "fp32"}
 SIDES = ("ours", PEER, "ours, fp32")
 LAST_LINE = (
@@ -117,6 +125,7 @@ def measure_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "scaling": lambda: measure_scaling(QUICK if arguments.quick else SCALING),
         "loading": lambda: measure_loading(QUICK if arguments.quick else LOADING),
+        "huge-pages": lambda: measure_huge_pages(QUICK if arguments.quick else HUGE),
         "compile": lambda: measure_compile(make_plan(arguments)),
         "gpu": measure_gpu,
     }

@@ -1,5 +1,6 @@
 """What Ray costs a training, for `benchmarks.training`: an epoch under Ray Train beside the plain
-trainer, and the way from the sequences table to the first batch.
+trainer, and the way from the sequences table to the first batch; and what the huge pages save that
+the jobs ask for.
 
 Sequences are drawn at random, a few items often and most seldom. Each measurement is a process of
 its own, with a Ray of its own that has just started and has no worker yet.
@@ -8,12 +9,14 @@ its own, with a Ray of its own that has just started and has no worker yet.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -53,6 +56,7 @@ class Size:
 
 
 SCALING, LOADING = Size(100_000, 5_000, 40), Size(1_000_000, 100_000, 20)
+HUGE = Size(30_000, 5_000, 40)
 QUICK = Size(600, 100, 20)
 
 
@@ -92,6 +96,33 @@ def measure_scaling(size: Size) -> dict[str, Any]:
             for num, runs in workers.items()
         ],
         "overhead": round(epoch_s[1] / plain_s - 1, 4),
+    }
+
+
+def measure_huge_pages(size: Size) -> dict[str, Any]:
+    """An epoch of the plain trainer with the huge pages that jobs ask for and without, in turn,
+    `ROUNDS` times: seconds, of CPUs and of the clock, and page faults, in the medians.
+
+    `saved` is the share of the CPUs' seconds without them that is not needed with them.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_sequences(Path(folder), size)
+        for _ in range(ROUNDS):
+            runs["without"].append(_ask("plain", folder, 1, dict.fromkeys(HUGE_PAGES, "")))
+            runs["with"].append(_ask("plain", folder, 1))
+    medians = {
+        side: {name: round(_median_of(name, of), 2) for name in ("epoch_s", "cpu_s", "faults")}
+        for side, of in runs.items()
+    }
+    saved = 1 - medians["with"]["cpu_s"] / medians["without"]["cpu_s"]
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "recipe": "bert4rec",
+        "users": size.users,
+        "pages": pages.read_text().strip() if pages.exists() else "none",
+        **medians,
+        "saved": round(saved, 4),
     }
 
 
@@ -179,12 +210,19 @@ def train_plain(config: PipelineConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     trainer = _load(config, {})
     ray.shutdown()
-    seconds, rates = [], []
+    rates, spent = [], []
     for _ in range(EPOCHS):
-        started = time.perf_counter()
+        before = _spent()
         rates.append(trainer.train_epoch().tokens_per_s)
-        seconds.append(time.perf_counter() - started)
-    return {"epoch_s": seconds[1:], "tokens_per_s": rates[1:]}
+        spent.append(np.subtract(_spent(), before))
+    epoch_s, cpu_s, faults = np.transpose(spent[1:]).tolist()
+    return {"epoch_s": epoch_s, "tokens_per_s": rates[1:], "cpu_s": cpu_s, "faults": faults}
+
+
+def _spent() -> tuple[float, float, float]:
+    """Seconds of the clock and of CPUs, and page faults, of this process so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return time.perf_counter(), used.ru_utime + used.ru_stime, used.ru_minflt
 
 
 def train_workers(config: PipelineConfig) -> dict[str, Any]:
@@ -274,7 +312,9 @@ def _watch(path: Path, moments: list[float], is_over: threading.Event) -> None:
         moments += [time.perf_counter()] * (num_lines - len(moments))
 
 
-def _ask(what: str, root: str, num_workers: int) -> dict[str, Any]:
+def _ask(
+    what: str, root: str, num_workers: int, pages: Mapping[str, str] = HUGE_PAGES
+) -> dict[str, Any]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training_ray", what, "--root", root]
     command += ["--workers", str(num_workers)]
@@ -282,7 +322,7 @@ def _ask(what: str, root: str, num_workers: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        **HUGE_PAGES,
+        **pages,
     }
     done = subprocess.run(
         command,

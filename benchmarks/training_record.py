@@ -10,6 +10,7 @@ _INTRODUCTION = """# Training
 `python -m benchmarks.training`: see the docstring of that file for how both sides are kept alike,
 and what a token is.
 """
+_SECONDS = ("cpu_s", "epoch_s")
 _HEAD = "| case | side | tokens an epoch | s an epoch | tokens/s | beside the peer | NDCG@10 |"
 
 
@@ -22,6 +23,7 @@ def render(found: dict[str, Any]) -> str:
     renderers = {
         "scaling": _render_scaling,
         "loading": _render_loading,
+        "huge-pages": _render_huge_pages,
         "compile": _render_compile,
         "gpu": _render_gpu,
     }
@@ -98,6 +100,19 @@ def _render_loading(found: dict[str, Any]) -> str:
         "## Loading\n\n"
         f"From the sequences table of {found['users']:,} users to the first batch: "
         f"{found['seconds']:.1f} s ({stages}).\n"
+    )
+
+
+def _render_huge_pages(found: dict[str, Any]) -> str:
+    sides = [found[side] for side in ("with", "without")]
+    cpu_s, epoch_s = (" and ".join(f"{of[name]:.1f}" for of in sides) for name in _SECONDS)
+    faults = " and ".join(f"{of['faults']:,.0f}" for of in sides)
+    return (
+        "## Huge pages\n\n"
+        f"{found['recipe']} on {found['users']:,} users, one thread; an epoch of the plain trainer "
+        "with the huge pages that a job asks for and without, in turn, medians: "
+        f"{cpu_s} s of CPU, {epoch_s} s, {faults} page faults, so that they save "
+        f"{found['saved']:.1%} of the CPU. Linux: `{found['pages']}`.\n"
     )
 
 

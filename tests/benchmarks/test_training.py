@@ -31,7 +31,14 @@ from benchmarks.training_gpu import (
     read_large,
     training_flops,
 )
-from benchmarks.training_ray import QUICK, Size, draw_sequences, measure_loading, measure_scaling
+from benchmarks.training_ray import (
+    QUICK,
+    Size,
+    draw_sequences,
+    measure_huge_pages,
+    measure_loading,
+    measure_scaling,
+)
 from benchmarks.training_record import render
 from benchmarks.training_sides import (
     PEER,
@@ -44,6 +51,7 @@ from benchmarks.training_sides import (
     train_here,
     write_events,
 )
+from ray_jobs.job import HUGE_PAGES
 from recsys import trainer as trainer_module
 from recsys.context import NO_TIME
 from recsys.metrics import mean_accuracy
@@ -412,6 +420,24 @@ def test_the_overhead_of_ray_is_that_of_one_worker(monkeypatch):
     assert "one worker takes 4.4% less." in render({"scaling": faster})
 
 
+def test_what_huge_pages_save_is_of_the_cpu(monkeypatch):
+    asked = []
+
+    def answer(what, _, num_workers, pages=HUGE_PAGES):
+        asked.append((what, num_workers, dict(pages)))
+        cpu_s = 9.0 if pages == HUGE_PAGES else 10.0
+        return {"epoch_s": [11.0], "cpu_s": [cpu_s], "faults": [100 * cpu_s]}
+
+    monkeypatch.setattr(training_ray, "_ask", answer)
+    found = measure_huge_pages(QUICK)
+    none = {"GLIBC_TUNABLES": ""}
+    assert asked == 2 * [("plain", 1, none), ("plain", 1, HUGE_PAGES)]
+    assert found["saved"] == 0.1
+    text = render({"huge-pages": {"machine": "2 cores", **found}})
+    assert "9.0 and 10.0 s of CPU, 11.0 and 11.0 s, 900 and 1,000 page faults" in text
+    assert "save 10.0% of the CPU" in text
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1_800)
 def test_ray_is_measured_in_processes_of_its_own():
@@ -419,6 +445,8 @@ def test_ray_is_measured_in_processes_of_its_own():
     assert set(loading["stages"]) == {"vocabulary", "tokens", "store", "trainer", "first batch"}
     assert [of["workers"] for of in scaling["workers"]] == [1, 2, 4]
     assert min(of["epoch_s"] for of in scaling["workers"]) > 0
+    pages = measure_huge_pages(QUICK)
+    assert min(pages[side][name] for side in ("with", "without") for name in pages["with"]) > 0
 
 
 def _with_plan(found):
