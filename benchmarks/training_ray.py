@@ -40,6 +40,7 @@ WORKERS = (1, 2, 4)
 EPOCHS = 4
 """The first one is not counted: nothing says when it began."""
 ROUNDS = 2
+ROUNDS_OF_PAGES = 4
 USERS_PER_BUCKET = 50_000
 START_US = 1_735_689_600_000_000
 TIMEOUT_S = 3_600
@@ -101,14 +102,14 @@ def measure_scaling(size: Size) -> dict[str, Any]:
 
 def measure_huge_pages(size: Size) -> dict[str, Any]:
     """An epoch of the plain trainer with the huge pages that jobs ask for and without, in turn,
-    `ROUNDS` times: seconds, of CPUs and of the clock, and page faults, in the medians.
+    `ROUNDS_OF_PAGES` times: seconds, of CPUs and of the clock, and page faults, in the medians.
 
     `saved` is the share of the CPUs' seconds without them that is not needed with them.
     """
     runs: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as folder:
         write_sequences(Path(folder), size)
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS_OF_PAGES):
             runs["without"].append(_ask("plain", folder, 1, dict.fromkeys(HUGE_PAGES, "")))
             runs["with"].append(_ask("plain", folder, 1))
     medians = {

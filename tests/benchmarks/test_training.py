@@ -431,7 +431,7 @@ def test_what_huge_pages_save_is_of_the_cpu(monkeypatch):
     monkeypatch.setattr(training_ray, "_ask", answer)
     found = measure_huge_pages(QUICK)
     none = {"GLIBC_TUNABLES": ""}
-    assert asked == 2 * [("plain", 1, none), ("plain", 1, HUGE_PAGES)]
+    assert asked == 4 * [("plain", 1, none), ("plain", 1, HUGE_PAGES)]
     assert found["saved"] == 0.1
     text = render({"huge-pages": {"machine": "2 cores", **found}})
     assert "9.0 and 10.0 s of CPU, 11.0 and 11.0 s, 900 and 1,000 page faults" in text
