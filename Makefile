@@ -13,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-long lint format bench clean
+.PHONY: help setup demo serve test test-slow test-long test-gpu lint format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-slow: setup  ## faults and long end-to-end runs
 test-long: setup  ## the benchmarks, made small, and what CI has no time for
 	$(BIN)/python -m pytest -q -m 'long and not gpu'
 
+test-gpu: setup  ## what needs a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,6 +66,9 @@ bench: setup  ## the benchmarks behind the README's figures
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.metrics_check
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.memory_plan
+	$(BIN)/python -m benchmarks.large_catalogues
 
 clean:  ## remove the environment and everything that demos wrote
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,14 +26,19 @@ from recsys.trainer import Trainer, TrainerConfig
 
 EPOCHS = 3
 PEAK_FLOPS: Mapping[str, float] = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10": 125e12,
 }
-"""Dense bf16 products a second by the data sheets, the longer name first."""
+"""Dense bf16 products a second by the data sheets, by the name that the driver gives."""
 _SAMPLED = {"kind": "sampled-softmax", "negatives": {"source": "mixed", "num": 1_024}}
 _GBCE = {"kind": "gbce", "negatives": {"source": "uniform", "num": 256, "group_size": 50}}
 _TOUCHED = {"item_rows": "touched"}
@@ -106,20 +111,23 @@ def read_large(overrides: dict[str, Any]) -> Recipe:
 
 
 def measure_epoch(dataset_name: str, device: torch.device, recipe: Recipe) -> dict[str, Any]:
-    """Seconds of an epoch, and the share of the device's products that the model needed."""
+    """Seconds of an epoch without its validation, and the share of the device's products that the
+    model needed for its events, each counted once, although windows overlap a little.
+    """
     dataset = read_dataset(dataset_name)
     trainer = make_trainer(
         recipe, dataset.store, dataset.split, dataset.catalogue.num_rows, device, EPOCHS
     )
-    rates = [trainer.train_epoch().tokens_per_s for _ in range(EPOCHS)]
+    windows = trainer.steps_per_epoch * recipe.batch_size
+    epochs = [trainer.train_epoch() for _ in range(EPOCHS)]
+    seconds = median(windows / epoch.windows_per_s for epoch in epochs)
     lengths_U = dataset.split.train_end_U - dataset.store.offsets_U[:-1]
     work = count_work(lengths_U, recipe)
-    seconds = work.tokens / median(rates)
     flops_per_s = training_flops(recipe.model, dataset.catalogue.num_items, work) / seconds
     peak = _peak_flops(device)
     return {
         "recipe": recipe.name,
-        "tokens_per_s": round(median(rates)),
+        "tokens_per_s": round(median(epoch.tokens_per_s for epoch in epochs)),
         "epoch_s": round(seconds, 2),
         "tflops_per_s": round(flops_per_s / 1e12, 2),
         "utilisation": round(flops_per_s / peak, 4) if peak else None,
@@ -156,11 +164,17 @@ def make_trainer(
     num_rows: int,
     device: torch.device,
     max_epochs: int,
+    *,
+    micro_batches: int = 1,
 ) -> Trainer:
     """A trainer of an untrained model, without context, which validates one user at the end."""
     torch.manual_seed(1)
     config = TrainerConfig(
-        max_epochs=max_epochs, validate_every=max_epochs, validation_users=1, precision="auto"
+        max_epochs=max_epochs,
+        validate_every=max_epochs,
+        validation_users=1,
+        precision="auto",
+        micro_batches=micro_batches,
     )
     model = NextItemModel(recipe.model, num_rows, ())
     known_F = np.zeros(0, bool)
@@ -179,15 +193,16 @@ def count_work(lengths_U: np.ndarray, recipe: Recipe) -> Work:
 
 def training_flops(config: ModelConfig, num_items: int, work: Work) -> float:
     """Multiplications and additions of the products of an epoch; the backward pass counts twice as
-    much as the forward one, and what is computed again or for padding does not count.
+    much as the forward one, and what is computed again or for padding does not count. What follows
+    attention in the last block is computed for scored positions alone.
     """
-    linear = 2 * 12 * config.dim**2 * work.tokens
-    attention = 2 * 2 * config.dim * work.pairs
+    square = 2 * config.dim**2
+    attended = config.num_layers * (3 * square * work.tokens + 2 * 2 * config.dim * work.pairs)
+    followed = 9 * square * ((config.num_layers - 1) * work.tokens + work.scored)
     softmax = 2 * config.dim * num_items * work.scored
-    return 3.0 * (config.num_layers * (linear + attention) + softmax)
+    return 3.0 * (attended + followed + softmax)
 
 
 def _peak_flops(device: torch.device) -> float | None:
     """None where the device is not among those that are known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

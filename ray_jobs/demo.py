@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from ray_jobs import build_sequences, evaluate, generate, ingest, materialize, p
 from ray_jobs.config import PipelineConfig
 from ray_jobs.datasets import ensure_dataset
 from ray_jobs.errors import ConfigError, JobError
+from ray_jobs.free_memory import free_memory_bytes
 from ray_jobs.http_checks import Check, check_endpoint, example_user
 from ray_jobs.http_path import plan_http_path
 from ray_jobs.job import Report, builtin_configs, load_config
@@ -100,8 +100,8 @@ def start_ray(config: ServeConfig, folder: Path) -> None:
     Raises: JobError when memory does not allow it.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    available = available_bytes()
-    if available is not None and available < _NEEDED_BYTES:
+    available = free_memory_bytes()
+    if available < _NEEDED_BYTES:
         raise JobError(
             f"The demo needs {_NEEDED_BYTES / 1e9:.0f} GB of free memory, "
             f"{_OBJECT_STORE_BYTES / 1e9:.0f} of them for Ray's object store, and this machine has "
@@ -125,15 +125,6 @@ def start_ray(config: ServeConfig, folder: Path) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     keep_reasons()
     print(f"Ray is up; its dashboard: http://{context.dashboard_url}", flush=True)
-
-
-def available_bytes() -> int | None:
-    """Memory that programs can still get, None where the system does not tell."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
-    return 1024 * int(found[1]) if found else None
 
 
 def quieten_loggers() -> None:

@@ -29,7 +29,7 @@ from ray_jobs.build_sequences import read_stamp
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import Report, main
-from ray_jobs.report import describe_cut, write_report
+from ray_jobs.report import describe_cut_target, describe_dates, write_report
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from recsys.baselines import BASELINES, EASE, make_baselines
@@ -335,7 +335,9 @@ def _largest_worker() -> tuple[int, int]:
 def _caption(evaluation: dict[str, Any]) -> str:
     seen = "left out" if evaluation["filter_seen"] else "kept"
     protocol = evaluation["protocol"]
-    cut = f"{describe_cut(protocol)},\n" if protocol["kind"] == "temporal-cut" else ""
+    cut = ""
+    if protocol["kind"] == "temporal-cut":
+        cut = f"{describe_dates(protocol)},\n{describe_cut_target(protocol)},\n"
     types = ", ".join(evaluation["target_event_types"])
     return (
         f"{evaluation['run']}: {protocol['kind']}, "

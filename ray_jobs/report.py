@@ -78,12 +78,18 @@ def describe_cut(protocol: Facts) -> str:
     """The split in words, with its dates where it has any."""
     if protocol["kind"] != "temporal-cut":
         return "the last event of each user tests, the one before validates"
+    return f"{describe_dates(protocol)}, {describe_cut_target(protocol)}"
+
+
+def describe_dates(protocol: Facts) -> str:
+    """Of a temporal cut: when each part begins."""
     validation, test = (_date(protocol[key]) for key in ("validation_from", "test_from"))
-    which = protocol.get("cut_target", "first")
-    return (
-        f"training before {validation}, validation from then on, test from {test}, the {which} "
-        "target event of a user in each"
-    )
+    return f"training before {validation}, validation from then on, test from {test}"
+
+
+def describe_cut_target(protocol: Facts) -> str:
+    """Of a temporal cut: which event of a user is the target after each date."""
+    return f"the {protocol.get('cut_target', 'first')} target event of a user in each"
 
 
 def describe_result(evaluation: Facts) -> str:

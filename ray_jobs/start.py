@@ -3,26 +3,23 @@ the vocabulary of now and left in the run folder for the workers.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save_file
 
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import JobError
 from ray_jobs.sections.models import StartConfig
 from ray_jobs.sections.storage import expand
 from ray_jobs.sequences_reader import Vocabulary
+from ray_jobs.start_weights import StartWeights
 from recsys.artifact import Artifact, load_artifact
 from recsys.growth import grow_weights, refuse_other_architecture
 from recsys.recipe import Recipe
 from recsys.registry import list_versions, serving_version
 
 SERVING = "serving"
-_WEIGHTS = "start.safetensors"
 _RECORD = "start.json"
 
 
@@ -54,20 +51,15 @@ class Start:
             "new_events_only": self.config.new_events_only,
         }
 
-    def write(self, folder: Path, vocabulary: Vocabulary, seed: int) -> Path:
-        """Leaves what the run started from and the grown weights, whose path is returned, in its
-        folder.
-        """
+    def write(self, folder: Path, vocabulary: Vocabulary, seed: int) -> StartWeights:
+        """Leaves what the run started from and the grown weights in its folder."""
         known = vocabulary
         grown = grow_weights(
             self.artifact, known.catalogue, known.context, known.attributes, seed=seed
         )
         record = {"asked": self.config.model_dump(mode="json"), **self.facts()}
         (folder / _RECORD).write_text(json.dumps(record, indent=1))
-        temporary = folder / f".{_WEIGHTS}-{os.getpid()}"
-        save_file(grown, temporary)
-        os.replace(temporary, folder / _WEIGHTS)
-        return folder / _WEIGHTS
+        return StartWeights.write(grown, folder)
 
 
 def open_start(config: PipelineConfig, recipe: Recipe, folder: Path) -> Start | None:

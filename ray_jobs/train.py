@@ -92,7 +92,7 @@ def run(config: PipelineConfig) -> Report:
     }
     _write_run(run_folder, plan, best_weights, facts)
     if weights is not None:
-        weights.unlink()
+        weights.path.unlink()
     history = read_history(run_folder)
     seconds = time.perf_counter() - started
     _publish(config, metrics["ndcg10"], seconds, history[-1]["tokens_per_s"])
@@ -168,7 +168,7 @@ def _fit(plan: WorkerPlan, folder: Path, tokens: ray.data.Dataset, scaling: Scal
         result = trainer.fit()
     except TrainingFailedError as error:
         raise JobError(
-            f"Training stopped{_say_how_often(error, config.max_failures)}: {_find_reason(error)} "
+            f"Training stopped{_say_how_often(error, config.max_failures)}: {_find_reason(error)}. "
             f"Start it again with train.name={folder.name} to go on from its last checkpoint."
         ) from error
     if "refused" in result.return_value:
@@ -187,7 +187,8 @@ def _find_reason(error: TrainingFailedError) -> str:
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     # The ranks that waited for this one say only that it went away.
     short = [str(failure) for failure in failures if isinstance(failure, OutOfMemoryError)]
-    return short[0] if short else str(error).strip().splitlines()[-1]
+    reason = short[0] if short else str(error).strip().splitlines()[-1]
+    return reason.rstrip(".")
 
 
 def _read_best(

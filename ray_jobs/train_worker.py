@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, ReportedCheckpoint
 from ray.train.torch import get_device
-from safetensors.torch import load_file
 
 from ray_jobs.config import PipelineConfig
+from ray_jobs.free_memory import free_memory_bytes
 from ray_jobs.sequences_reader import Vocabulary, collect_tokens
+from ray_jobs.start_weights import StartWeights
 from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
 from recsys.item_codes import agree_on_codes
 from recsys.memory_advice import refuse_what_cannot_fit
 from recsys.memory_plan import Workload
+from recsys.out_of_memory import explain_out_of_memory
 from recsys.precision import choose_dtype
 from recsys.ranks import gather_rows, rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
@@ -50,7 +51,7 @@ class WorkerPlan:
     vocabulary: Vocabulary
     new_since_s: int | None = None
     """Only events from then on are targets, seconds since the epoch."""
-    start_weights: Path | None = None
+    start: StartWeights | None = None
     """What a run begins with instead of random weights."""
     held_out: float = 0.0
     """Share of the validation users that take no part; with it nobody is tested either."""
@@ -80,8 +81,12 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
     try:
         _refuse_what_cannot_fit(plan, store)
         checkpoints = _reported_checkpoints()
-        trainer = build_trainer(plan, store, learns_codes=not checkpoints)
-        resume_from(checkpoints, trainer)
+        rank, _ = rank_and_world_size()
+        with explain_out_of_memory(
+            f"Worker {rank} ran out of memory before its first step", "train a smaller model"
+        ):
+            trainer = build_trainer(plan, store, learns_codes=not checkpoints)
+            resume_from(checkpoints, trainer)
         _train(trainer, plan.config.train.trainer.max_minutes)
     except TrainingError as error:
         return {"refused": str(error)}
@@ -103,12 +108,12 @@ def build_trainer(
     # The same seed on every rank: all start from the same weights.
     torch.manual_seed(config.seed)
     model = plan.vocabulary.make_model(plan.recipe.model)
-    if plan.start_weights is not None:
-        model.load_state_dict(load_file(plan.start_weights))
+    if plan.start is not None:
+        model.load_state_dict(plan.start.read())
     targets = find_targets(config.train.targets, context)
     split, codes = plan.split(store), plan.recipe.model.item_codes
     device = get_device() if device is None else device
-    if codes is not None and learns_codes and plan.start_weights is None:
+    if codes is not None and learns_codes and plan.start is None:
         seed = config.seed
         model.load_codes(agree_on_codes(codes, store, split, catalogue, seed=seed, device=device))
     return Trainer(
@@ -260,7 +265,7 @@ def _refuse_what_cannot_fit(plan: WorkerPlan, store: TokenStore) -> None:
         num_workers=world_size,
         is_cuda=device.type == "cuda",
         has_bf16=choose_dtype("auto", device) == torch.bfloat16,
-        has_weights=plan.start_weights is not None,
+        has_weights=plan.start is not None,
         validation_users=trainer.validation_users,
     )
     available_R1 = gather_rows(torch.tensor([[_available_bytes(device)]], device=device))
@@ -280,6 +285,6 @@ def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    # Workers of a node share what is free on it.
+    # Workers of a node share what is free on it, or in their container.
     num_sharing: int = ray.train.get_context().get_local_world_size()
-    return int(psutil.virtual_memory().available) // num_sharing
+    return free_memory_bytes() // num_sharing

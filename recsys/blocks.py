@@ -45,8 +45,8 @@ def bucket_ages(asked_BL: Tensor, happened_BL: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout by the step's own noise on a CPU: a byte a value, the probability rounded to a 256th.
-    On a GPU, and where there is no noise, it is torch's.
+    """Dropout by the step's own noise: a byte a value, the probability rounded to a 256th. Where
+    there is no noise it is torch's.
     """
 
     def __init__(self, p: float) -> None:
@@ -56,7 +56,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if noise is None or x.is_cuda:
+        if noise is None:
             return F.dropout(x, self.p)
         num_dropped = round(self.p * 256)
         # In the dtype of the values: a product of two dtypes takes several times as long.

@@ -27,7 +27,8 @@ class LossConfig(BaseModel):
 
     kind: Literal["full-softmax", "sampled-softmax", "bce", "gbce"] = "full-softmax"
     """full-softmax and sampled-softmax: cross-entropy; bce: each item by itself, as in SASRec;
-    gbce: the same, calibrated for the share of negatives that were drawn, as in gSASRec."""
+    gbce: the same, calibrated for the share of the items that were drawn, each as likely, as in
+    gSASRec."""
     negatives: NegativesConfig = NegativesConfig()
     """All but full-softmax."""
     calibration: float = Field(0.75, ge=0, le=1)
@@ -50,6 +51,16 @@ class LossConfig(BaseModel):
         for name in sorted(self.model_fields_set):
             if mute.get(name):
                 raise ValueError(f"{self.kind} has no {name}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _is_calibrated_for_its_negatives(self) -> "LossConfig":
+        source = self.negatives.source
+        if self.kind == "gbce" and source != "uniform":
+            raise ValueError(
+                f"gbce is calibrated for uniform negatives, not for {source} ones; set "
+                "negatives.source to uniform, or kind to sampled-softmax, which corrects for any"
+            )
         return self
 
 

@@ -85,14 +85,19 @@ def plan_memory(recipe: Recipe, workload: Workload) -> MemoryPlan:
     # DDP exchanges gradients from buckets of its own.
     copies = 1 if workload.num_workers == 1 else 2
     loss, activations = _loss_bytes(recipe, workload), _activation_bytes(recipe, workload)
+    gradients = dense * copies
+    if recipe.loss.kind != "full-softmax" and not is_touched:
+        # Inputs, targets and negatives are looked up apart. Each gives a gradient of all rows, and
+        # two of them are there while they are added up, beside that of an earlier part.
+        gradients += of_items * (1 + (workload.micro_batches > 1))
     of_step = {
-        "gradients": 4 * dense * copies,
+        "gradients": 4 * gradients,
         "touched": _touched_bytes(recipe, workload) if is_touched else 0,
         "loss": loss,
         "activations": activations,
     }
     # What a step needs is free again when the model is validated.
-    beyond_step = _validation_bytes(recipe, workload) - sum(of_step.values())
+    beyond_step = _validation_bytes(workload) - sum(of_step.values())
     return MemoryPlan(
         {
             "weights": 4 * weights + codes,
@@ -117,15 +122,10 @@ def _count_weights(
     return weights, of_items, sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _validation_bytes(recipe: Recipe, workload: Workload) -> int:
-    """The scores of a block of users, and for states that are not fp32 the products before and the
-    table in their dtype; codes give fp32 by themselves.
-    """
-    element = torch.empty(0, dtype=workload.dtype).element_size()
-    rounded = element * (element < 4 and recipe.model.item_codes is None)
+def _validation_bytes(workload: Workload) -> int:
+    """The scores of a block of users, fp32."""
     users = math.ceil(workload.validation_users / workload.num_workers)
-    of_scores = min(users, block_size(workload.num_rows)) * (4 + rounded)
-    return workload.num_rows * (of_scores + rounded * recipe.model.dim)
+    return 4 * workload.num_rows * min(users, block_size(workload.num_rows))
 
 
 def _loss_bytes(recipe: Recipe, workload: Workload) -> int:

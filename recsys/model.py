@@ -32,7 +32,9 @@ from recsys.touched_rows import TouchedRows
 
 
 class ContextEmbedding(nn.Module):
-    """Sum of one embedding a field; the unknown code of a field is a vector of its own."""
+    """Sum of one embedding a field; the unknown code of a field is a vector of its own, which adds
+    nothing until it is trained.
+    """
 
     def __init__(self, sizes: tuple[int, ...], dim: int) -> None:
         super().__init__()
@@ -316,3 +318,7 @@ def _initialise(module: nn.Module) -> None:
         # Most often no trained item lacks an attribute, and unknown then means nothing.
         with torch.no_grad():
             module.attributes.weight[module.features.unknown_codes_F] = 0
+    if isinstance(module, ContextEmbedding):
+        # Training may know a field of every event, and serving is told less.
+        with torch.no_grad():
+            module.table.weight[module.starts_F] = 0

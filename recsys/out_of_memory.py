@@ -1,6 +1,11 @@
 """Failures for want of memory, told apart from others, and what a training can do about them."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+
+from recsys.errors import OutOfMemoryError
 
 _WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -10,6 +15,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error) for words in _WORDS
     )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(place: str, advice: str) -> Iterator[None]:
+    """Raises: OutOfMemoryError where memory runs out within the block, as a sentence: where that
+    was, what the device said, and what to do. Other errors stay as they are.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"{place} ({first_line(error)}); {advice}.") from error
 
 
 def advise_less(batch_size: int, micro_batches: int, world_size: int) -> str:

@@ -7,7 +7,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """bf16 when asked for, or when `auto` finds a device that multiplies it natively."""
     if precision == "auto":
         is_native = (
-            torch.cuda.is_bf16_supported()
+            torch.cuda.is_bf16_supported(including_emulation=False)
             if device.type == "cuda"
             else torch.cpu._is_avx512_bf16_supported()
         )

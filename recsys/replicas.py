@@ -23,8 +23,9 @@ def replicate(model: nn.Module, world_size: int, touched: TouchedRows | None) ->
         ]
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, tables)  # type: ignore[no-untyped-call]
-    # Buffers never change; the attributes of millions of items would travel at each step.
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    # Buffers never change; the attributes of millions of items would travel at each step. Gradients
+    # that are views of what is exchanged spare a second copy of the item table.
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def without_exchange(replica: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.context import UNKNOWN, ContextEncoder
+from recsys.context import NO_TIME, UNKNOWN, ContextConfig, ContextEncoder
 from recsys.metrics import interval, ndcg
 from recsys.tokens import TokenStore
 
@@ -21,8 +21,10 @@ _PAUSES_US = {
     "1-7 days": 24 * _HOUR_US,
     "over 7 days": 7 * 24 * _HOUR_US,
 }
-_HOURS = tuple(f"{hour:02d}" for hour in range(24))
-_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_CLOCK = {
+    "hour": tuple(f"{hour:02d}" for hour in range(24)),
+    "weekday": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,22 @@ def slice_targets(
     context: ContextEncoder,
 ) -> dict[str, Slicing]:
     """Targets by events before them, by training events of their item (0: a cold item), by the time
-    since the event before, and by each context field of the request: hour and weekday on the shop's
-    clock, device, segment and whatever else the encoder knows.
+    since the event before, by hour and weekday on the shop's clock whether the model reads them or
+    not, and by each categorical field that it reads: device, segment, what the shop added.
+
+    A store holds the fields of its encoder alone, so a run that does not read the device has no
+    slices by device. Where no target has a time there are none by time, hour and weekday.
     """
-    pauses_us = store.timestamps_T[targets_N] - store.timestamps_T[targets_N - 1]
     slicings = {
         "history_length": _by_range(targets_N - store.offsets_U[users_N], _HISTORY_EDGES),
         "item_training_events": _by_range(counts_I[store.items_T[targets_N]], _POPULARITY_EDGES),
-        "time_since_last_event": Slicing(
-            tuple(_PAUSES_US), _range_of(np.maximum(pauses_us, 0), tuple(_PAUSES_US.values()))
-        ),
     }
-    clocks = {"hour": _HOURS, "weekday": _WEEKDAYS}
-    for f, name in enumerate(context.fields):
-        values = clocks.get(name) or context.vocabularies.get(name)
-        if values is not None:
-            slicings[name] = _by_code(store.context_TF[targets_N, f], values)
+    times_us = store.timestamps_T[targets_N]
+    if (times_us != NO_TIME).any():
+        slicings["time_since_last_event"] = _by_pause(times_us, store.timestamps_T[targets_N - 1])
+        slicings |= _by_clock(times_us, context.config.timezone)
+    for f, name in enumerate(context.config.categorical):
+        slicings[name] = _by_code(store.context_TF[targets_N, f], context.vocabularies[name])
     return slicings
 
 
@@ -93,6 +95,17 @@ def _by_range(numbers_N: np.ndarray, edges: tuple[int, ...]) -> Slicing:
 
 def _range_of(numbers_N: np.ndarray, edges: tuple[int, ...]) -> np.ndarray:
     return np.searchsorted(edges, numbers_N, side="right") - 1
+
+
+def _by_pause(times_us: np.ndarray, previous_us: np.ndarray) -> Slicing:
+    pauses_us = np.maximum(times_us - previous_us, 0)
+    return Slicing(tuple(_PAUSES_US), _range_of(pauses_us, tuple(_PAUSES_US.values())))
+
+
+def _by_clock(times_us: np.ndarray, timezone: str) -> dict[str, Slicing]:
+    config = ContextConfig(categorical=(), time=("hour", "weekday"), timezone=timezone)
+    codes_NF = ContextEncoder(config, {}).encode(times_us, times_us, {})
+    return {name: _by_code(codes_NF[:, f], _CLOCK[name]) for f, name in enumerate(config.fields)}
 
 
 def _by_code(codes_N: np.ndarray, values: tuple[str, ...]) -> Slicing:

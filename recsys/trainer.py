@@ -17,16 +17,16 @@ from torch import Tensor
 
 from recsys.assembly import Assembler, Piece
 from recsys.compilation import compile_blocks, leave_eager, run_eagerly
-from recsys.errors import OutOfMemoryError, TrainingError
+from recsys.errors import TrainingError
 from recsys.fingerprint import refuse_another, take_fingerprint
 from recsys.heap import Heap
 from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
-from recsys.out_of_memory import advise_less, first_line, is_out_of_memory
+from recsys.out_of_memory import advise_less, explain_out_of_memory
 from recsys.precision import choose_dtype
 from recsys.progress import EpochReport, Progress, Watch, num_not_finite
-from recsys.randomness import Purpose, seed_of
+from recsys.randomness import Purpose
 from recsys.ranks import rank_and_world_size, sum_over_ranks
 from recsys.recipe import Recipe
 from recsys.replicas import replicate, without_exchange
@@ -71,7 +71,7 @@ class Trainer:
     """Trains `model` on the windows of a token store.
 
     A step depends on the seed, on its number and on the global batch, and not on how many ranks
-    share it. (Dropout on a GPU is an exception: torch draws it, on each rank for itself.)
+    share it.
 
     Args:
         known_at_request_F: which context fields a scored position may carry, bool.
@@ -254,9 +254,15 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """(HR@10, NDCG@10) over the validation users, each rank ranking its part of them.
 
-        Raises: TrainingError when a score is not a number.
+        Raises: TrainingError when a score is not a number; OutOfMemoryError on one rank alone.
         """
-        with run_eagerly() if self._is_compiled else contextlib.nullcontext():
+        with (
+            explain_out_of_memory(
+                f"Worker {self.rank} ran out of memory in the validation of epoch {self.epoch}",
+                "free memory on its device, or train a smaller model",
+            ),
+            run_eagerly() if self._is_compiled else contextlib.nullcontext(),
+        ):
             found = self._validation.rank(self.model, self.dtype)
         self.ndcg10_error = found.ndcg10_error
         return found.hr10, found.ndcg10
@@ -297,22 +303,17 @@ class Trainer:
         self._validations_without_gain = state["validations_without_gain"]
 
     def _step_within_memory(self, places: Places) -> None:
-        try:
+        advice = advise_less(self.recipe.batch_size, self.config.micro_batches, self.world_size)
+        with explain_out_of_memory(
+            f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
+            f"{self.epoch + 1}",
+            advice,
+        ):
             self._train_step(places)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            advice = advise_less(self.recipe.batch_size, self.config.micro_batches, self.world_size)
-            raise OutOfMemoryError(
-                f"Worker {self.rank} ran out of memory in step {self.step + 1} of epoch "
-                f"{self.epoch + 1} ({first_line(error)}); {advice}."
-            ) from error
 
     def _train_step(self, places: Places) -> None:
         number = self.epoch * self.steps_per_epoch + self.step
         pieces = self._assembler.assemble(places, number)
-        if self.device.type == "cuda":
-            torch.manual_seed(seed_of(self.seed, number, Purpose.DROPOUT, self.rank))
         # Every rank hides the same ids.
         self.model.hide_ids(pieces[0].draws.generator(Purpose.HIDDEN_IDS))
         if self._touched is not None:

@@ -334,8 +334,10 @@ def test_work_is_counted_window_by_window():
 
 def test_flops_are_those_of_the_products():
     config = ModelConfig(dim=8, num_layers=2, num_heads=1, max_len=10)
-    # Forward, a layer: 24 x 64 a token, 4 x 8 a pair; and 16 x 5 a scored position; thrice in all.
-    assert training_flops(config, 5, Work(10, 100, 3)) == 3 * (2 * (15_360 + 3_200) + 240)
+    # Forward, a layer: 6 x 64 a token and 4 x 8 a pair for attention, then 18 x 64 a token, in the
+    # last layer a scored position; and 16 x 5 a scored position; thrice in all.
+    attention, rest = 2 * (3_840 + 3_200), 1_152 * (10 + 3)
+    assert training_flops(config, 5, Work(10, 100, 3)) == 3 * (attention + rest + 240)
 
 
 def test_an_epoch_is_measured_on_any_device(circle):

@@ -30,7 +30,7 @@ def test_a_port_in_use_is_refused_with_the_way_out(tmp_path):
 
 
 def test_too_little_memory_for_the_object_store_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "available_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(demo, "free_memory_bytes", lambda: 500_000_000)
     with pytest.raises(JobError, match=r"needs 4 GB of free memory.*this machine has 0\.5"):
         demo.start_ray(ServeConfig(), tmp_path)
 

@@ -1,5 +1,6 @@
 """The evaluation of a run: what is ranked, what is written, and what is refused."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -17,10 +18,12 @@ from data_lake.tables import commit_parts, create_table, write_part
 from ray_jobs import evaluate
 from ray_jobs.config import PipelineConfig
 from ray_jobs.errors import ConfigError, JobError
+from ray_jobs.report import write_report
 from ray_jobs.runs import open_run
 from ray_jobs.sections.models import EvaluateConfig
 from ray_jobs.sections.storage import StorageConfig
 from recsys.artifact import save_model
+from recsys.context import ContextConfig, ContextEncoder
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.splits import SplitConfig
@@ -138,6 +141,89 @@ def test_the_strongest_baseline_is_sliced_too(evaluated):
     parts = evaluation["baseline_slices"]["segment"].values()
     total = sum(part["num_users"] * part["mean"] for part in parts)
     assert isclose(total / evaluation["num_users"], means[strongest])
+
+
+def test_slices_are_means_over_their_own_targets(evaluated, shop):
+    evaluation, ranks = evaluated
+    store = shop.store
+    targets_N = store.offsets_U[1:] - 1
+    # Leave-one-out: the last two events of each user do not train.
+    is_training_T = np.ones(store.num_tokens, bool)
+    is_training_T[np.concatenate([targets_N, targets_N - 1])] = False
+    counts_I = np.bincount(store.items_T[is_training_T], minlength=shop.catalogue.num_rows)
+    num_events_N = counts_I[store.items_T[targets_N]]
+    is_known_N = num_events_N >= 10
+    segments_N = store.context_TF[targets_N, shop.context.fields.index("segment")]
+    strongest = evaluation["strongest_baseline"]
+    for slices, row in (("slices", "model"), ("baseline_slices", strongest)):
+        ranks_N = ranks[row].to_numpy()
+        values_N = np.where(ranks_N <= 10, 1 / np.log2(ranks_N + 1), 0)
+        assert as_means(evaluation[slices]["item_training_events"]) == {
+            "1-9": (sum(~is_known_N), pytest.approx(values_N[~is_known_N].mean())),
+            "10-99": (sum(is_known_N), pytest.approx(values_N[is_known_N].mean())),
+        }
+        assert as_means(evaluation[slices]["segment"]) == {
+            name: (sum(segments_N == code), pytest.approx(values_N[segments_N == code].mean()))
+            for code, name in enumerate(["unknown", *shop.context.vocabularies["segment"]])
+        }
+
+
+def as_means(parts):
+    return {label: (found["num_users"], found["mean"]) for label, found in parts.items()}
+
+
+def test_a_run_without_context_is_sliced_by_hour_and_weekday_too(tmp_path, shop, evaluated):
+    context = ContextEncoder.learn(ContextConfig(categorical=(), time=()), {})
+    store = dataclasses.replace(shop.store, context_TF=shop.store.context_TF[:, :0])
+    blind = dataclasses.replace(shop, context=context, store=store)
+    config = pipeline(tmp_path, baselines=("popularity",))
+    finished = write_run(config, blind, "blind")
+    evaluation, _ = evaluate.evaluate_run(config, finished, Tokens(store), 1)
+    write_report(finished.folder, evaluation | NOT_OF_THE_WORKER, finished.facts)
+    for name in ("hour", "weekday"):
+        sizes, expected = (
+            {label: found["num_users"] for label, found in one["slices"][name].items()}
+            for one in (evaluation, evaluated[0])
+        )
+        assert sizes == expected
+        assert (finished.folder / "plots" / f"slice-{name}.svg").exists()
+
+
+NOT_OF_THE_WORKER = {
+    "sequences_from": None,
+    "command": "python -m ray_jobs.evaluate",
+    "evaluated_at": "2025-11-21T10:00:00+00:00",
+}
+"""What `run` adds to an evaluation."""
+
+
+def test_only_the_time_blind_row_ignores_the_context_of_the_target(tmp_path, shop, evaluated):
+    targets_N = shop.store.offsets_U[1:] - 1
+    context_TF = shop.store.context_TF.copy()
+    sizes_F = np.array(shop.context.sizes)
+    context_TF[targets_N] = (context_TF[targets_N] + 1) % sizes_F
+    config = pipeline(tmp_path, baselines=("popularity",))
+    finished = open_run(config, None)
+    store = dataclasses.replace(shop.store, context_TF=context_TF)
+    _, ranks = evaluate.evaluate_run(config, finished, Tokens(store), 1)
+    assert ranks["model, time-blind"].equals(evaluated[1]["model, time-blind"])
+    assert not ranks["model"].equals(evaluated[1]["model"])
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_seen_targets_rank_last_unless_seen_items_are_kept(tmp_path, shop, filter_seen):
+    config = pipeline(tmp_path, baselines=("popularity",), filter_seen=filter_seen)
+    finished = write_run(config, shop)
+    evaluation, ranks = evaluate.evaluate_run(config, finished, Tokens(shop.store), 1)
+    items_T, offsets_U = shop.store.items_T, shop.store.offsets_U
+    was_seen_N = np.array(
+        [items_T[end - 1] in items_T[start : end - 1] for start, end in pairwise(offsets_U)]
+    )
+    assert was_seen_N.any()
+    for name in evaluation["rows"]:
+        is_last_N = ranks[name].to_numpy() == shop.catalogue.num_rows
+        assert is_last_N[was_seen_N].all() == filter_seen
+        assert not is_last_N[~was_seen_N].any()
 
 
 def test_lists_are_described_by_category_and_exposure(evaluated):

@@ -8,12 +8,19 @@ import pytest
 from ray_jobs import job
 from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import HUGE_PAGES, Report, builtin_configs, connected, load_config, main
+from recsys.recipe import read_recipe
 
 
 def test_every_configuration_that_comes_with_the_package_is_valid():
     assert builtin_configs() == ["globo", "ml-1m", "retailrocket", "shop-10m", "synthetic"]
     for name in builtin_configs():
         assert load_config(name).name == name
+
+
+def test_the_large_shop_updates_the_rows_that_a_step_looked_at():
+    config = load_config("shop-10m")
+    recipe = read_recipe(config.train.recipe, config.train.overrides)
+    assert recipe.optimiser.item_rows == "touched"
 
 
 def test_overrides_replace_single_values():

@@ -119,6 +119,20 @@ def test_small_parts_are_in_the_table_and_not_in_the_picture(report):
     assert "| loyal \\| old | 50 |" in text
 
 
+def test_all_hours_are_drawn_as_lines_and_weekdays_as_bars(report, tmp_path):
+    hours = {f"{hour:02d}": fact(0.1, 1 + hour) for hour in range(24)}
+    weekdays = {"Monday": fact(0.1), "Sunday": fact(0.2)}
+    slices = {"hour": hours, "weekday": weekdays}
+    text, _ = report(slices=slices, baseline_slices=slices)
+    assert "Drawn are the" not in text
+    panels = {
+        name: (tmp_path / "plots" / f"slice-{name}.svg").read_text().count('<g id="axes_')
+        for name in slices
+    }
+    # Lines stand above a panel of their own with the users; bars name the users in their labels.
+    assert panels == {"hour": 2, "weekday": 1}
+
+
 def test_the_dates_of_a_temporal_cut_are_said(report):
     cut = {
         "kind": "temporal-cut",

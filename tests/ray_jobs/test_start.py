@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.train import Checkpoint
-from safetensors.torch import load_file
 
 from ray_jobs import build_sequences, evaluate, generate, ingest, start, train, train_worker
 from ray_jobs import publish as publish_job
@@ -28,7 +27,7 @@ from ray_jobs.sequences_reader import (
 from ray_jobs.start import open_start
 from recsys.artifact import load_artifact, publish, sha256_of
 from recsys.checkpoint import save_checkpoint
-from recsys.errors import ArtifactError
+from recsys.errors import ArtifactError, TrainingError
 from recsys.recipe import read_recipe
 from recsys.registry import promote, serving_version
 from recsys.trainer import TrainerConfig
@@ -149,10 +148,20 @@ def test_a_registry_in_which_nothing_serves_says_so(configure, tmp_path):
 
 def test_the_grown_weights_wait_in_the_run_folder(configure, root, shop, tmp_path):
     found = find(configure(), tmp_path)
-    weights = load_file(found.write(tmp_path, Vocabulary(shop.catalogue, shop.context), seed=0))
+    weights = found.write(tmp_path, Vocabulary(shop.catalogue, shop.context), seed=0).read()
     published = found.artifact.load_model().state_dict()
     assert weights.keys() == published.keys()
     assert all(torch.equal(weights[name], published[name]) for name in published)
+
+
+def test_weights_that_were_altered_since_are_not_begun_with(configure, root, shop, tmp_path):
+    vocabulary = Vocabulary(shop.catalogue, shop.context)
+    found = find(configure(), tmp_path).write(tmp_path, vocabulary, seed=0)
+    content = bytearray(found.path.read_bytes())
+    content[-1] ^= 1
+    found.path.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"start.safetensors was cut off or altered since"):
+        found.read()
 
 
 def test_a_run_that_ended_before_its_first_epoch_may_start_anew(configure, root, shop, tmp_path):

@@ -364,15 +364,35 @@ def test_ray_exports_how_a_training_goes(tmp_path, tiny_lake):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_checkpoints_may_lie_in_an_object_store(tmp_path, tiny_lake):
+def test_a_run_goes_on_from_checkpoints_in_an_object_store(tmp_path, tiny_lake, monkeypatch):
+    from recsys.trainer import Trainer
+
+    original, marker = Trainer.train_epoch, tmp_path / "tried"
+
+    def stop_after_the_first(trainer, after_step=None):
+        if trainer.epoch == 1 and not marker.exists():
+            time.sleep(3)  # a checkpoint that was reported is committed a little later
+            raise OSError("the power is gone")
+        if marker.exists():
+            with marker.open("a") as file:
+                file.write(str(trainer.epoch))
+        return original(trainer, after_step)
+
+    monkeypatch.setattr(train, "train_worker", _worker_with(stop_after_the_first))
     with running_store("tests.moto_server") as options:
-        config = tiny_lake(tmp_path, f"storage.checkpoints=s3://{BUCKET}/checkpoints")
+        folder = f"storage.checkpoints=s3://{BUCKET}/checkpoints"
+        config = tiny_lake(tmp_path, folder, "train.trainer.validate_every=1")
         storage = config.storage.model_copy(update={"options": options})
         config = config.model_copy(update={"storage": storage})
-        train.run(_with_train(config, name="far"))
+        config = _with_train(config, name="far", max_failures=0)
+        with pytest.raises(JobError, match="the power is gone"):
+            train.run(config)
+        marker.touch()
+        train.run(config)
         kept = list_folder(f"s3://{BUCKET}/checkpoints/far/ray", options)
     run = open_run(config, "far")
-    assert run.facts["best"]["epoch"] in (1, 2)
+    assert set(marker.read_text()) == {"1"}  # told by each of the workers
+    assert [epoch["epoch"] for epoch in train.read_history(run.folder)] == [1, 2]
     assert any("checkpoint" in file.base_name for file in kept)
     assert not (run.folder / "ray").exists()
     assert (run.folder / "tensorboard").is_dir()

@@ -205,7 +205,7 @@ def test_a_history_that_cannot_be_written_stops_the_run_at_once(tmp_path, tiny_l
     with pytest.raises(JobError) as stopped:
         train.run(config)
     assert str(stopped.value) == (
-        "Training stopped: [Errno 28] No space left on device: 'history.jsonl' "
+        "Training stopped: [Errno 28] No space left on device: 'history.jsonl'. "
         "Start it again with train.name=full to go on from its last checkpoint."
     )
 

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from recsys import model as model_module
+from recsys.blocks import Dropout
 from recsys.evaluation import rank_targets
 from recsys.losses import full_softmax
 from recsys.model import NextItemModel
 from recsys.packing import can_pack
+from recsys.randomness import Draws
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
 from recsys.splits import leave_one_out
@@ -80,23 +82,27 @@ def test_a_model_trains_and_ranks_alike_on_both_devices(shop, recipe):
     assert np.abs(on_gpu - on_cpu).max() <= 1
 
 
-def test_dropout_is_drawn_by_the_seed_of_the_training(shop, monkeypatch):
-    chosen = read_recipe("bert4rec", {"model": {"dim": 32, "max_len": 16}, "batch_size": 16})
-    split = leave_one_out(shop.store.offsets_U)
+def test_dropout_is_that_of_a_cpu():
+    words = Draws(seed=3, step=5, rows_B=torch.arange(4)).noise(8)
+    on_gpu = Draws(seed=3, step=5, rows_B=torch.arange(4, device=CUDA)).noise(8)
+    dropout, ones = Dropout(0.3).train(), torch.ones(4, 8, 20)
+    for _ in range(2):
+        expected = dropout(ones, words)
+        assert 0 < (expected == 0).float().mean() < 1
+        assert torch.equal(dropout(ones.to(CUDA), on_gpu).cpu(), expected)
 
-    def seeds_of_an_epoch(seed):
+
+@pytest.mark.parametrize("recipe", ["bert4rec", "esasrec"])
+def test_parts_of_a_batch_make_no_difference(shop, recipe):
+    chosen = read_recipe(recipe, {"model": {"dim": 32, "max_len": 16}, "batch_size": 16})
+    split, known_F = leave_one_out(shop.store.offsets_U), shop.context.known_at_request_F
+
+    def loss_in(parts):
+        torch.manual_seed(0)
         model = NextItemModel(chosen.model, shop.catalogue.num_rows, shop.context.sizes)
-        known_F = shop.context.known_at_request_F
-        trainer = Trainer(
-            chosen, TrainerConfig(), model, shop.store, split, known_F, seed=seed, device=CUDA
-        )
-        drawn = []
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "manual_seed", drawn.append)
-            trainer.train_epoch()
-        return drawn
+        config = TrainerConfig(micro_batches=parts, precision="fp32")
+        return Trainer(
+            chosen, config, model, shop.store, split, known_F, seed=0, device=CUDA
+        ).train_epoch()
 
-    first = seeds_of_an_epoch(0)
-    assert len(set(first)) == len(first) > 0
-    assert first == seeds_of_an_epoch(0)
-    assert not set(first) & set(seeds_of_an_epoch(1))
+    assert loss_in(3).loss == pytest.approx(loss_in(1).loss, rel=1e-5)

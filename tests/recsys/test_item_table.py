@@ -276,6 +276,23 @@ def test_training_ranks_a_cold_item_of_the_wanted_category_high(fashion, recipe_
         assert (scores > scores[cold[category]]).sum() < 10
 
 
+def test_each_training_step_hides_the_ids_of_others(fashion, monkeypatch):
+    steps, look_up = [], AttributedTable.forward
+
+    def note(table, items):
+        if table.training:
+            steps.append(table.features.is_hidden_I)
+        return look_up(table, items)
+
+    monkeypatch.setattr(AttributedTable, "forward", note)
+    fashion.train(id_dropout=0.2)
+
+    trained = torch.arange(36) + NUM_SPECIAL
+    hidden = torch.stack(steps)[:, trained]
+    assert hidden.float().mean().item() == pytest.approx(0.2, abs=0.04)
+    assert hidden.any(0).all()
+
+
 def make_coded_table(num_rows=5, dim=2, length=2, num_values=2):
     torch.manual_seed(0)
     table = CodedTable(num_rows, dim, ItemCodesConfig(length=length, num_values=num_values))

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recsys.losses import (
     LossConfig,
@@ -14,7 +16,7 @@ from recsys.losses import (
     full_softmax,
     sampled_softmax,
 )
-from recsys.negatives import Negatives
+from recsys.negatives import Negatives, NegativesConfig
 
 _BIAS = torch.zeros(4)
 
@@ -77,6 +79,32 @@ def test_the_blocked_softmax_keeps_no_matrix_of_positions_and_items():
     assert _largest_kept(full_softmax) <= 400 * 4
 
 
+class _Largest(TorchDispatchMode):
+    """Notes the numbers in the largest tensor that an operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
+        self.numbers = max([self.numbers, *(tensor.numel() for tensor in tensors)])
+        return given
+
+
+@pytest.mark.parametrize(
+    ("num_items", "most"),
+    [
+        (1_000, 2**20),  # 4 MiB of fp32
+        (50_000, 64 * 50_000),  # of a large catalogue 64 positions
+    ],
+)
+def test_by_default_few_logits_exist_at_the_same_time(num_items, most):
+    table_ID, targets_M = torch.zeros(num_items + 2, 2), torch.full((2_000,), 2)
+    with _Largest() as largest:
+        full_softmax(torch.zeros(2_000, 2), table_ID, torch.zeros(num_items + 2), targets_M)
+    assert 0.9 * most < largest.numbers <= most
+
+
 def test_no_scored_position_gives_zero_loss_and_zero_gradient():
     table = torch.randn(5, 2, requires_grad=True)
     empty = torch.zeros(0, 2, requires_grad=True)
@@ -87,9 +115,11 @@ def test_no_scored_position_gives_zero_loss_and_zero_gradient():
 
 
 def drawn(*items, expected=1.0, group_size=4, num_before=0):
-    """Negatives of one group or, from lists, of several, expected as often as given."""
+    """Negatives of one group or, from lists, of several; all are expected as often as given, or
+    each by itself from lists.
+    """
     items = torch.atleast_2d(torch.tensor(items))
-    log_expected = torch.full(items.shape, math.log(expected))
+    log_expected = torch.tensor(expected).log().expand(items.shape)
     return Negatives(items, log_expected, group_size, num_before)
 
 
@@ -102,6 +132,17 @@ def test_sampled_softmax_lets_a_negative_stand_for_those_that_were_not_drawn():
     # Four items, all scores 0: one negative stands for the three others, so the loss is log(1 + 3).
     loss = sampled_softmax(*flat(), torch.tensor([2]), drawn(4, expected=1 / 3))
     assert loss.item() == pytest.approx(math.log(4))
+
+
+def test_each_negative_of_each_group_stands_for_as_many_as_were_expected_of_it():
+    # The target scores 0 and the negatives log(2) and log(3): each counts e^score / expected.
+    table = torch.tensor([[9.0], [9.0], [0.0], [math.log(2)], [math.log(3)]])
+    expected = [[1 / 2, 1 / 4], [1 / 3, 1.0]]
+    negatives = drawn([3, 4], [3, 4], expected=expected, group_size=1)
+    targets = torch.tensor([2, 2])
+    loss = sampled_softmax(torch.ones(2, 1), table, torch.zeros(5), targets, negatives)
+    by_hand = math.log(1 + 2 * 2 + 3 * 4) + math.log(1 + 2 * 3 + 3 * 1)
+    assert loss.item() == pytest.approx(by_hand / 2)
 
 
 def test_sampled_softmax_ignores_a_negative_that_is_the_target():
@@ -311,6 +352,17 @@ def test_a_parameter_of_another_loss_is_refused():
     ):
         with pytest.raises(ValidationError, match=f"{kind} has no {next(iter(wrong))}"):
             LossConfig(kind=kind, **wrong)
+
+
+@pytest.mark.parametrize("source", ["popularity", "in-batch", "mixed"])
+def test_what_is_calibrated_for_uniform_negatives_takes_no_others(source):
+    negatives = NegativesConfig(source=source)
+    says = f"gbce is calibrated for uniform negatives, not for {source} ones; set negatives.source"
+    with pytest.raises(ValidationError, match=says):
+        LossConfig(kind="gbce", negatives=negatives)
+    # Nothing else counts on how they were drawn, the prior of bce neither.
+    assert LossConfig(kind="sampled-softmax", negatives=negatives).negatives.source == source
+    assert LossConfig(kind="bce", negatives=negatives, prior=True).negatives.source == source
 
 
 @pytest.mark.parametrize("kind", ["sampled-softmax", "bce", "gbce"])

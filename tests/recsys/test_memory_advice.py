@@ -95,12 +95,12 @@ def test_a_sampled_loss_is_drawn_with_fewer_negatives():
     negatives = {"source": "uniform", "num": 4_096, "group_size": 1}
     recipe = read_recipe("gsasrec", {"loss": {"negatives": negatives}, "batch_size": 16})
     workload = replace(_LOAD, micro_batches=16)
-    available = int(0.7 * plan_memory(recipe, workload).total_bytes)
+    available = int(0.8 * plan_memory(recipe, workload).total_bytes)
     fewer, _ = suggest_settings(recipe, workload, available)
-    assert fewer.settings == {"train.overrides.loss.negatives.num": 256}
+    assert fewer.settings == {"train.overrides.loss.negatives.num": 512}
     assert fewer.plan.total_bytes <= available
     # No more than has to be: half as many are tried after these.
-    more = {**negatives, "num": 512}
+    more = {**negatives, "num": 1_024}
     other = read_recipe("gsasrec", {"loss": {"negatives": more}, "batch_size": 16})
     assert plan_memory(other, workload).total_bytes > available
 

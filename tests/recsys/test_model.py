@@ -80,6 +80,21 @@ def test_the_context_of_the_request_reaches_the_scored_position(attention):
     assert not torch.allclose(states[0], states[1])
 
 
+def test_an_unknown_context_adds_nothing_until_it_is_trained():
+    model = _model("causal")
+    for embedding in (model.context, model.request):
+        # Code 0 of the second field is the row after the three of the first.
+        rows = [bool(row.any()) for row in embedding.table.weight]
+        assert rows == [False, True, True, False, True, True, True]
+        codes = torch.tensor([[[0, 0], [0, 2], [1, 0]]])
+        expected = [
+            [0.0] * 16,
+            embedding.table.weight[5].tolist(),
+            embedding.table.weight[1].tolist(),
+        ]
+        assert embedding(codes)[0].tolist() == expected
+
+
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_no_request_carries_what_a_request_does_not_know(attention):
     items_BL, context_BLF, _, seconds_BL2 = _inputs([[5, 6, 7]])
@@ -102,6 +117,20 @@ def test_ages_count_in_steps_of_the_logarithm_apart_for_what_lies_ahead():
 def test_ages_have_a_row_for_the_longest_time():
     rows = bucket_ages(torch.tensor([[2**31 - 1]]), torch.tensor([[1]]))
     assert rows.item() == int(math.log(2**31 - 2) / 0.301) + 1 < 80
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_a_relative_bias_chooses_whom_a_position_looks_at(attention):
+    model = _model(attention, relative_bias=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.distances.weight[8] = 1e4  # one behind: seven are furthest ahead, then itself
+    last, other, further = (
+        model(*_inputs([items]))[:, -1] for items in ([5, 6, 7, 8], [5, 9, 7, 8], [9, 6, 7, 8])
+    )
+    # Two layers look back at two positions.
+    assert not torch.allclose(last, other)
+    torch.testing.assert_close(last, further)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -207,6 +236,29 @@ def test_a_gated_block_by_hand():
     gate = 1 / (1 + torch.exp(-linear(block.gate_mlp, y)))
     expected = y + gate * linear(block.narrow, swish)
     torch.testing.assert_close(block._add(x, mixed, None), expected)
+
+
+@pytest.mark.parametrize("layer", ["attention", "mlp"])
+@pytest.mark.parametrize("kind", ["transformer", "ligr"])
+def test_what_a_layer_adds_does_not_depend_on_the_scale_of_what_it_reads(kind, layer):
+    model = _model(block=kind)
+    block, (items_BL, _, _, seconds_BL2) = model.blocks[0], _inputs([[5, 6, 7]])
+    with torch.no_grad():
+        (block.narrow if layer == "attention" else block.project).weight.zero_()
+        for gate in (block.gate_attention, block.gate_mlp) if kind == "ligr" else ():
+            gate.weight.zero_()
+    x = 10 * torch.randn(1, 3, 16)
+    added, of_more = (
+        block(scaled, model._seen(items_BL, seconds_BL2), None) - scaled for scaled in (x, 7 * x)
+    )
+    assert added.abs().mean() > 0.01
+    torch.testing.assert_close(of_more, added, atol=1e-4, rtol=1e-4)
+
+
+def test_states_are_normed_before_they_are_compared_with_items():
+    states = _model()(*_inputs([[5, 6, 7]]))
+    torch.testing.assert_close(states.mean(2), torch.zeros(1, 3))
+    torch.testing.assert_close(states.var(2, unbiased=False), torch.ones(1, 3), atol=1e-2, rtol=0)
 
 
 def test_a_closed_gate_lets_nothing_through():

@@ -6,7 +6,7 @@ from math import log2
 import numpy as np
 import pytest
 
-from recsys.context import ContextConfig, ContextEncoder
+from recsys.context import NO_TIME, ContextConfig, ContextEncoder
 from recsys.slices import Slicing, slice_ndcg, slice_targets
 
 
@@ -43,17 +43,52 @@ def test_cold_items_have_a_label_of_their_own(shop, labels_of, events, label):
     assert labels_of([0], [1], counts_I)["item_training_events"] == [label]
 
 
-def test_hour_and_weekday_are_those_of_the_shop(make_store, labels_of):
+@pytest.mark.parametrize("time", [("hour", "weekday"), ()], ids=["read", "not read"])
+def test_hour_and_weekday_are_those_of_the_shop(make_store, labels_of, time):
     # Ten days after Thursday, 1 January 1970, at 23:00 in UTC: a Monday in Berlin.
     store = make_store([[0, 1]], days=[[0, 10]])
     timestamps_T = store.timestamps_T + 23 * 3_600_000_000
-    config = ContextConfig(categorical=(), time=("hour", "weekday"), timezone="Europe/Berlin")
+    config = ContextConfig(categorical=(), time=time, timezone="Europe/Berlin")
     context = ContextEncoder.learn(config, {})
     codes_TF = context.encode(timestamps_T, timestamps_T, {})
     store = dataclasses.replace(store, timestamps_T=timestamps_T, context_TF=codes_TF)
     labels = labels_of([0], [1], store=store, context=context)
     assert labels["hour"] == ["00"]
     assert labels["weekday"] == ["Monday"]
+
+
+def test_hours_and_weekdays_are_those_that_the_model_reads(shop):
+    store, context = shop.store, shop.context
+    users_N = np.arange(store.num_users)
+    targets_N = store.offsets_U[1:] - 1
+    counts_I = np.zeros(shop.catalogue.num_rows, int)
+    found = slice_targets(store, users_N, targets_N, counts_I, context)
+    for name in ("hour", "weekday"):
+        read_N = store.context_TF[targets_N, context.fields.index(name)]
+        assert (found[name].codes_N == read_N - 1).all()
+
+
+def test_a_run_without_context_has_every_slicing_but_those_of_its_fields(shop, labels_of):
+    context = ContextEncoder.learn(ContextConfig(categorical=(), time=()), {})
+    store = dataclasses.replace(shop.store, context_TF=shop.store.context_TF[:, :0])
+    found = labels_of([0, 1], [2, 2], store=store, context=context)
+    reader = labels_of([0, 1], [2, 2])
+    assert found == {
+        title: labels
+        for title, labels in reader.items()
+        if title not in ("device", "segment", "event_type")
+    }
+
+
+def test_a_target_without_a_time_is_of_an_unknown_hour(make_store, labels_of):
+    context = ContextEncoder.learn(ContextConfig(categorical=(), time=()), {})
+    store = make_store([[0, 1], [0, 1]], days=[[0, 0], [0, 0]])
+    store.timestamps_T[1] = NO_TIME
+    labels = labels_of([0, 1], [1, 1], store=store, context=context)
+    assert labels["hour"] == ["unknown", "00"]
+    store.timestamps_T[:] = NO_TIME
+    labels = labels_of([0, 1], [1, 1], store=store, context=context)
+    assert set(labels) == {"history_length", "item_training_events"}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from recsys.tokens import TokenStore
 from recsys.trainer import Trainer, TrainerConfig
 
 _NUM_ITEMS = 20
+NUM_ROWS = _NUM_ITEMS + 2
 
 
 def cycles(num_users=60, length=12):
@@ -46,6 +47,7 @@ def make_trainer(
     batch_size=16,
     seed=0,
     precision="fp32",
+    features=None,
     **config,
 ):
     """A trainer; `overrides` are sections of the recipe, `config` is the trainer's."""
@@ -62,7 +64,7 @@ def make_trainer(
     )
     torch.manual_seed(0)
     num_fields = store.context_TF.shape[1]
-    network = NextItemModel(recipe.model, _NUM_ITEMS + 2, (3,) * num_fields)
+    network = NextItemModel(recipe.model, NUM_ROWS, (3,) * num_fields, features)
     return Trainer(
         recipe,
         TrainerConfig(precision=precision, **config),
@@ -275,6 +277,14 @@ def test_a_step_that_does_not_fit_names_the_settings_that_would(error, monkeypat
     trainer = make_trainer(batch_size=18, micro_batches=18)
     monkeypatch.setattr(trainer, "_loss", Mock(side_effect=error))
     with pytest.raises(OutOfMemoryError, match=r"; train a smaller model\.$"):
+        trainer.train_epoch()
+
+
+@pytest.mark.parametrize("error", _NO_MEMORY)
+def test_a_validation_that_does_not_fit_says_so(error, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "_validation", Mock(rank=Mock(side_effect=error)))
+    with pytest.raises(OutOfMemoryError, match=r"^Worker 0 ran out .* the validation of epoch 1 "):
         trainer.train_epoch()
 
 
