@@ -1,6 +1,7 @@
 """Trains the rows of the leader board on the files that papers evaluate on, and writes the table.
 
     python -m benchmarks.leaderboard train ml-1m-sasrec-ce --seed 1
+    python -m benchmarks.leaderboard measure ml-1m-sasrec-ce --seed 1
     python -m benchmarks.leaderboard compare globo-context globo-bare --seed 1
     python -m benchmarks.leaderboard baselines ml-1m.txt
     python -m benchmarks.leaderboard table
@@ -10,7 +11,8 @@ users, and the test targets are ranked once, with that epoch's weights. A traini
 goes on from its last epoch when it is started again. What a training found is kept as
 `results/leaderboard/<row>-<seed>.json`; `results/leaderboard.md` is rendered from these alone.
 Ranks stay below `$NEXTITEM_HOME`; where those of a row and of its baselines are there, `table`
-measures the row's lift over each of them, too.
+measures the row's lift over each of them, too, and what the row gains by being told of the request.
+`measure` ranks with the weights of a training that is there, and adds what its result lacks.
 """
 
 import argparse
@@ -44,12 +46,17 @@ from recsys.metrics import accuracy_intervals, mean_accuracy
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
+from recsys.slices import slice_targets
 from recsys.splits import CutTarget
 from recsys.trainer import Trainer, TrainerConfig
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
 _RECENT = {"globo": ("1 h", 1 / 24)}
 """What recent popularity counts, in words and in days; seven days where nothing is said."""
+_KINDS = ("history_length", "item_training_events", "device", "segment", "hour")
+"""How targets are told apart: by device and segment where a row reads them, by hour where there are
+times."""
+MODEL, TIME_BLIND = "model", "time-blind"
 
 log = logging.getLogger("leaderboard")
 
@@ -67,7 +74,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     load_checkpoint(folder / "best", trainer)
     targets = choose_targets(dataset, entry.max_users)
     rows = measure_model(trainer.model, dataset, targets)
-    np.save(folder / "ranks.npy", rows[0].ranking.ranks_N)
+    _save_ranks(folder, rows)
     best = history[trainer.best_epoch - 1]
     found = {
         "row": name,
@@ -87,6 +94,51 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     }
     _keep(f"{name}-{seed}", found)
     return found
+
+
+def measure_again(name: str, seed: int) -> dict[str, Any]:
+    """Ranks with the best weights of a training that is on this machine and adds to its result what
+    is known of its lists and kinds of targets; of the training nothing changes.
+
+    Raises: FileNotFoundError without its result or checkpoint, CheckpointError when that is not
+    whole, ValueError when the ranking is not the one that was recorded.
+    """
+    folder = _home() / f"{name}-{seed}"
+    kept = RESULTS / f"{name}-{seed}.json"
+    for needed in (kept, folder / "best"):
+        if not needed.exists():
+            raise FileNotFoundError(f"There is no {needed}; train {name} with seed {seed} first.")
+    code = code_version()
+    recorded = json.loads(kept.read_text())
+    torch.set_num_threads(recorded["threads"])
+    entry = Entry.model_validate(recorded["entry"])
+    dataset = read_dataset(entry.dataset, entry.context, entry.cut, entry.cut_target)
+    trainer = make_trainer(entry, dataset, seed)
+    load_checkpoint(folder / "best", trainer)
+
+    targets = choose_targets(dataset, entry.max_users)
+    rows = measure_model(trainer.model, dataset, targets)
+    facts = _facts(dataset, targets, rows)
+    _refuse_another_ranking(recorded, facts)
+    _save_ranks(folder, rows)
+    added = {key: facts[key] for key in ("lists", "kinds")}
+    found: dict[str, Any] = recorded | added | {"measured_by": code}
+    _keep(f"{name}-{seed}", found)
+    return found
+
+
+def _refuse_another_ranking(recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    row = f"{recorded['row']} with seed {recorded['seed']}"
+    if facts["targets_sha256"] != recorded["targets_sha256"]:
+        raise ValueError(f"The test targets of {row} are not those that were recorded.")
+    for name, test in recorded["test"].items():
+        for metric in METRICS:
+            now, before = (one[metric]["mean"] for one in (facts["test"][name], test))
+            if not math.isclose(now, before, rel_tol=1e-6):
+                raise ValueError(
+                    f"{metric} of {row} ({name}) is {now:.6f} now and was recorded as "
+                    f"{before:.6f}; the checkpoint or the code is another, so train it again."
+                )
 
 
 def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
@@ -128,9 +180,9 @@ def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> 
     """The test targets under a model, and, where it reads a context, as if nothing were known of
     the request."""
     known_F = dataset.context.known_at_request_F
-    scorers = [ModelScorer(model, known_F)]
+    scorers = [ModelScorer(model, known_F, name=MODEL)]
     if len(known_F):
-        scorers.append(ModelScorer(model, known_F, name="time-blind", knows_request=False))
+        scorers.append(ModelScorer(model, known_F, name=TIME_BLIND, knows_request=False))
     return [_measure(scorer, dataset, users) for scorer in scorers]
 
 
@@ -198,17 +250,29 @@ def measure_lifts() -> list[str]:
     """Every trained row whose ranks and those of its baselines are still on this machine, paired
     with each baseline by user, as `results/leaderboard/lift-<row>.json`; their names.
     """
-    found = read_results()
-    of_baselines = {_section(one): one for one in found if "baselines" in one}
-    by_row: dict[str, list[dict[str, Any]]] = {}
-    for one in found:
-        if "seed" in one and _section(one) in of_baselines:
-            by_row.setdefault(one["row"], []).append(one)
+    of_baselines = {_section(one): one for one in read_results() if "baselines" in one}
     return [
         row
-        for row, seeds in by_row.items()
-        if _measure_lift(seeds, of_baselines[_section(seeds[0])])
+        for row, seeds in _read_trainings().items()
+        if _section(seeds[0]) in of_baselines
+        and _measure_lift(seeds, of_baselines[_section(seeds[0])])
     ]
+
+
+def measure_requests() -> list[str]:
+    """Every trained row whose ranks with and without the request are still on this machine, paired
+    by user, as `results/leaderboard/told-<row>.json`; their names.
+    """
+    return [row for row, seeds in _read_trainings().items() if _measure_request(seeds)]
+
+
+def _read_trainings() -> dict[str, list[dict[str, Any]]]:
+    """What the seeds of each row found."""
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for one in read_results():
+        if "seed" in one:
+            by_row.setdefault(one["row"], []).append(one)
+    return by_row
 
 
 def _measure_lift(seeds: list[dict[str, Any]], baselines: dict[str, Any]) -> bool:
@@ -238,9 +302,45 @@ def _measure_lift(seeds: list[dict[str, Any]], baselines: dict[str, Any]) -> boo
     return True
 
 
-def _model_ranks(result: dict[str, Any]) -> np.ndarray | None:
-    path = _home() / f"{result['row']}-{result['seed']}" / "ranks.npy"
-    return _read_ranks(path, result["test"]["model"])
+def _measure_request(seeds: list[dict[str, Any]]) -> bool:
+    """Whether there was anything to compare; of the seeds those that have both."""
+    both = {
+        one["seed"]: (told_N, blind_N)
+        for one in seeds
+        if (told_N := _model_ranks(one)) is not None
+        and (blind_N := _model_ranks(one, TIME_BLIND)) is not None
+    }
+    if not both:
+        return False
+    told_SN, blind_SN = (np.stack(ranks) for ranks in zip(*both.values(), strict=True))
+    row = seeds[0]["row"]
+    found = {
+        "told_of_request": row,
+        "seeds": list(both),
+        **{key: seeds[0][key] for key in ("dataset", "protocol", "targets_sha256")},
+        **{
+            metric: comparison_facts(compare_seeds(told_SN, blind_SN, metric=metric))
+            for metric in METRICS
+        },
+    }
+    _keep(f"told-{row}", found)
+    return True
+
+
+def _save_ranks(folder: Path, rows: list[Row]) -> None:
+    for row in rows:
+        np.save(_ranks_file(folder, row.name), row.ranking.ranks_N)
+
+
+def _ranks_file(folder: Path, name: str) -> Path:
+    return folder / ("ranks.npy" if name == MODEL else f"ranks-{name}.npy")
+
+
+def _model_ranks(result: dict[str, Any], name: str = MODEL) -> np.ndarray | None:
+    if name not in result["test"]:
+        return None
+    folder = _home() / f"{result['row']}-{result['seed']}"
+    return _read_ranks(_ranks_file(folder, name), result["test"][name])
 
 
 def _baseline_ranks(result: dict[str, Any], name: str) -> np.ndarray | None:
@@ -317,9 +417,28 @@ def _facts(dataset: Dataset, users: np.ndarray, rows: list[Row]) -> dict[str, An
             row.name: {name: asdict(interval) for name, interval in row.accuracy.items()}
             for row in rows
         },
+        "lists": {row.name: row.lists for row in rows},
         "slices": {
             name: _measure_slice(rows, marks_T[targets]) for name, marks_T in dataset.marks.items()
         },
+        "kinds": _measure_kinds(dataset, users, targets, rows),
+    }
+
+
+def _measure_kinds(
+    dataset: Dataset, users: np.ndarray, targets: np.ndarray, rows: list[Row]
+) -> dict[str, Any]:
+    """Accuracy on each kind of target, in the order of the kinds."""
+    store = dataset.store
+    counts_I = training_counts(store, dataset.split, dataset.catalogue.num_rows)
+    slicings = slice_targets(store, users, targets, counts_I, dataset.context)
+    return {
+        kind: {
+            slicing.names[code]: _measure_slice(rows, slicing.codes_N == code)
+            for code in np.unique(slicing.codes_N)
+        }
+        for kind, slicing in slicings.items()
+        if kind in _KINDS
     }
 
 
@@ -360,6 +479,9 @@ def main() -> None:
     compares.add_argument("row", choices=sorted(read_entries()))
     compares.add_argument("against", choices=sorted(read_entries()))
     compares.add_argument("--seed", type=int, default=1)
+    measures = commands.add_parser("measure")
+    measures.add_argument("row", choices=sorted(read_entries()))
+    measures.add_argument("--seed", type=int, default=1)
     commands.add_parser("table")
     arguments = parser.parse_args()
 
@@ -368,6 +490,9 @@ def main() -> None:
         found = train(arguments.row, arguments.seed, arguments.threads)
         shown = ("row", "seed", "best_epoch", "targets_sha256", "validation", "test")
         print(json.dumps({key: found[key] for key in shown}))
+    elif arguments.command == "measure":
+        found = measure_again(arguments.row, arguments.seed)
+        print(json.dumps({key: found[key] for key in ("row", "seed", "test", "lists")}))
     elif arguments.command == "compare":
         print(json.dumps(compare_trainings(arguments.row, arguments.against, arguments.seed)))
     elif arguments.command == "baselines":
@@ -375,6 +500,7 @@ def main() -> None:
         print(json.dumps(measure_baselines(arguments.dataset, *protocol)["test"]))
     else:
         measure_lifts()
+        measure_requests()
         RESULTS.with_suffix(".md").write_text(render(read_results(), read_entries()))
 
 

@@ -2,14 +2,24 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from benchmarks.published import NO_CONTEXT
 from recsys.attributes import AttributesConfig
 from recsys.context import ContextConfig
 from recsys.splits import CutTarget
+
+Pair = tuple[float, float]
+
+
+def _as_steps(aim: Any) -> Any:
+    """A pair by itself is the only step."""
+    if aim is None:
+        return ()
+    is_pair = len(aim) > 0 and isinstance(aim[0], int | float)
+    return (aim,) if is_pair else aim
 
 
 class Entry(BaseModel):
@@ -20,16 +30,16 @@ class Entry(BaseModel):
     dataset: str
     context: ContextConfig = NO_CONTEXT
     attributes: AttributesConfig = AttributesConfig()
-    cut: tuple[float, float] | None = None
+    cut: Pair | None = None
     """By time, see `published.read_dataset`; by default the last event of each user tests."""
     cut_target: CutTarget = "first"
     """Which event of a user in a period is ranked."""
     recipe: str
     max_epochs: int
-    floor: tuple[float, float] | None = None
+    floor: Pair | None = None
     """HR@10 and NDCG@10 that the row is to reach at least."""
-    aim: tuple[float, float] | None = None
-    """HR@10 and NDCG@10 that the row is hoped to reach."""
+    aim: Annotated[tuple[Pair, ...], BeforeValidator(_as_steps)] = ()
+    """HR@10 and NDCG@10 that the row is hoped to reach: a pair, or several, the nearest first."""
     published: str = ""
     max_users: int = 30_000
     """At most so many users, a seeded sample, are validated, and as many are tested."""

@@ -1,13 +1,13 @@
 """The leader board in Markdown, from what trainings, baselines and comparisons found."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from benchmarks.leaderboard_rows import Entry
+from benchmarks.leaderboard_rows import Entry, Pair
 from benchmarks.published import name_protocol
 
 METRICS = ("HR@10", "NDCG@10")
@@ -16,6 +16,8 @@ _HEAD = (
     "| row | recipe | width/layers/heads/length | HR@10 | NDCG@10 | floor | aim | seeds "
     "| best epoch | training | published |"
 )
+_LISTS = {"coverage@10": "{:.1%}", "novelty@10": "{:.2f} bits", "popularity@10": "{:.3f}"}
+"""What is shown of the lists, and how."""
 _UNTRAINED_HEAD = "| row | recipe | data set | floor | aim | published |"
 _INTRODUCTION = """# Leader board
 
@@ -36,6 +38,12 @@ Every figure of ours comes from a training that was run by the commands below, b
 so minutes are an upper bound; `leaderboard/` beside this file has each with its settings, its
 machine and its curve. Lifts are those of the means over the seeds; where the ranks of both were
 kept they have an interval, paired by user (of the seeds that are named, if not of all).
+
+Beyond accuracy, of the ten items that each test user is shown: coverage is the share of the
+catalogue in at least one list; novelty the mean of `-log2` of an item's share of the training
+events; popularity the mean percentile of an item by training events, 0.5 for random lists and
+towards 1 for the most popular. Results from before these were kept have no such figures, and none
+by the length of the history before the target.
 
 Recent popularity counts, for each target, what everybody did in the hour (globo) or the seven days
 before the full hour of that target, held-out events of others among it, as a live shop would;
@@ -71,6 +79,7 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
             by_row.setdefault(result["row"], []).append(result)
     by_row = dict(sorted(by_row.items(), key=lambda row: _mean(row[1], "NDCG@10"), reverse=True))
     baselines = [result for result in results if "baselines" in result]
+    measured = [*chain.from_iterable(by_row.values()), *baselines]
 
     rows = [
         _row(seeds, knowing, entries[name])
@@ -91,9 +100,13 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
         f"## {some['dataset']}, {some['protocol']}",
         facts,
         _table(_HEAD, rows),
-        *_slices(by_row, baselines),
+        *_slices(measured),
+        _beyond_accuracy(measured),
+        _by_history(measured),
         *(_lift_table(by_row, result["test"], lifts) for result in baselines if by_row),
         "\n".join(_note(result) for result in results if "against" in result),
+        "\n".join(_told_note(result, by_row) for result in results if "told_of_request" in result),
+        _unversioned(by_row),
         _settings({name: entries[name] for name in by_row}),
         "\n".join(["```sh", *_commands(results), "```"]),
     ]
@@ -110,8 +123,8 @@ def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
         _name(entry) if is_told else f"{_name(entry)}; {knowing}",
         f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}",
         _means([result["test"][knowing] for result in seeds]),
-        _goal(entry.floor, seeds) if is_told else "",
-        _goal(entry.aim, seeds) if is_told else "",
+        _goals([entry.floor] if entry.floor else [], seeds) if is_told else "",
+        _goals(entry.aim, seeds) if is_told else "",
         str(len(seeds)),
         f"{best} of {entry.max_epochs}",
         f"{np.mean(minutes):.0f} min, {first['threads']} thread",
@@ -120,16 +133,17 @@ def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _goal(goal: tuple[float, float] | None, seeds: list[_Result]) -> str:
-    """The goal and whether both means over the seeds reach it."""
-    if goal is None:
-        return ""
+def _goals(goals: Sequence[Pair], seeds: list[_Result]) -> str:
+    """The goals and whether both means over the seeds reach each."""
     means = [_mean(seeds, metric) for metric in METRICS]
-    mark = "✓" if all(ours >= theirs for ours, theirs in zip(means, goal, strict=True)) else "✗"
-    return f"{_pair(goal)} {mark}"
+    marks = [
+        "✓" if all(ours >= theirs for ours, theirs in zip(means, goal, strict=True)) else "✗"
+        for goal in goals
+    ]
+    return ", then ".join(f"{_pair(goal)} {mark}" for goal, mark in zip(goals, marks, strict=True))
 
 
-def _pair(goal: tuple[float, float] | None) -> str:
+def _pair(goal: Pair | None) -> str:
     return " / ".join(f"{value:.3f}" for value in goal) if goal else ""
 
 
@@ -140,33 +154,37 @@ def _name(entry: Entry) -> str:
 
 
 def _means(tests: list[_Result]) -> str:
-    """Means over the seeds; the interval is that of the users, averaged, and the spread that of the
-    seeds."""
+    """Means over the seeds, and the spread of the seeds."""
     cells = []
     for metric in METRICS:
         means = [test[metric]["mean"] for test in tests]
-        half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
         spread = f" ({min(means):.4f} to {max(means):.4f})" if len(tests) > 1 else ""
-        cells.append(f"{np.mean(means):.4f} ± {half:.4f}{spread}")
+        cells.append(f"{_mean_over_seeds(tests, metric)}{spread}")
     return " | ".join(cells)
+
+
+def _mean_over_seeds(tests: list[_Result], metric: str) -> str:
+    """The interval is that of the users, averaged."""
+    mean = np.mean([test[metric]["mean"] for test in tests])
+    half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
+    return f"{mean:.4f} ± {half:.4f}"
 
 
 def _mean(seeds: list[_Result], metric: str) -> float:
     return float(np.mean([result["test"]["model"][metric]["mean"] for result in seeds]))
 
 
-def _slices(by_row: Mapping[str, list[_Result]], baselines: list[_Result]) -> Iterator[str]:
+def _slices(measured: list[_Result]) -> Iterator[str]:
     """The same rows on parts of the targets that are not all, where the results tell."""
     tested: dict[str, dict[str, list[_Result]]] = {}
     num_users: dict[str, int] = {}
-    for result in [*chain.from_iterable(by_row.values()), *baselines]:
+    for result in measured:
         for name, part in result.get("slices", {}).items():
             if part["num_users"] == result["num_users"]:
                 continue
             num_users[name] = part["num_users"]
             for knowing, test in part["test"].items():
-                of_row = result.get("row", knowing)
-                of_row += "" if knowing in ("model", of_row) else f"; {knowing}"
+                of_row = _row_name(result, knowing)
                 tested.setdefault(name, {}).setdefault(of_row, []).append(test)
     for name, rows in tested.items():
         lines = [f"| {row} | {_means(tests)} | {len(tests)} |" for row, tests in rows.items()]
@@ -174,6 +192,49 @@ def _slices(by_row: Mapping[str, list[_Result]], baselines: list[_Result]) -> It
             f"On the {num_users[name]:,} targets with {name} alone:\n\n"
             + _table("| row | HR@10 | NDCG@10 | runs |", lines)
         )
+
+
+def _row_name(result: _Result, knowing: str) -> str:
+    row: str = result.get("row", knowing)
+    return row if knowing in ("model", row) else f"{row}; {knowing}"
+
+
+def _beyond_accuracy(measured: list[_Result]) -> str:
+    """What the lists are like, of the rows whose results tell."""
+    rows: dict[str, list[_Result]] = {}
+    for result in measured:
+        for knowing, lists in result.get("lists", {}).items():
+            rows.setdefault(_row_name(result, knowing), []).append(lists)
+    if not rows:
+        return ""
+    lines = [f"| {row} | {_list_cells(runs)} | {len(runs)} |" for row, runs in rows.items()]
+    return "Beyond accuracy:\n\n" + _table(f"| row | {' | '.join(_LISTS)} | runs |", lines)
+
+
+def _list_cells(runs: list[_Result]) -> str:
+    means = {name: np.mean([run[name] for run in runs]) for name in _LISTS}
+    return " | ".join(text.format(means[name]) for name, text in _LISTS.items())
+
+
+def _by_history(measured: list[_Result]) -> str:
+    """NDCG@10 by events before the target, of the rows whose results tell."""
+    parts: dict[str, int] = {}
+    rows: dict[str, dict[str, list[_Result]]] = {}
+    for result in measured:
+        for part, facts in result.get("kinds", {}).get("history_length", {}).items():
+            parts[part] = facts["num_users"]
+            for knowing, test in facts["test"].items():
+                of_row = rows.setdefault(_row_name(result, knowing), {})
+                of_row.setdefault(part, []).append(test)
+    if not rows:
+        return ""
+    head = " | ".join(f"{part} events ({num_users:,} users)" for part, num_users in parts.items())
+    cells = {
+        row: [_mean_over_seeds(tests[part], "NDCG@10") if part in tests else "" for part in parts]
+        for row, tests in rows.items()
+    }
+    lines = [f"| {row} | {' | '.join(of_row)} |" for row, of_row in cells.items()]
+    return "NDCG@10 by history length:\n\n" + _table(f"| row | {head} |", lines)
 
 
 def _lift_table(by_row: dict[str, list[_Result]], baselines: _Result, lifts: _Result) -> str:
@@ -203,19 +264,50 @@ def _lift(seeds: list[_Result], rival: str, metric: str, baselines: _Result, lif
     facts = lift["over"].get(rival, {}).get(metric)
     if facts is None or facts["lift"] is None:
         return f"{ours / theirs - 1:+.1%}" if theirs else ""
-    some = (
-        "" if len(lift["seeds"]) == len(seeds) else f", seed {', '.join(map(str, lift['seeds']))}"
-    )
-    return f"{_with_interval(facts)}{some}"
+    return f"{_with_interval(facts)}{_compared_seeds(lift, seeds)}"
+
+
+def _compared_seeds(comparison: _Result, seeds: list[_Result]) -> str:
+    """Which seeds have ranks, if not all have."""
+    compared = comparison["seeds"]
+    return "" if len(compared) == len(seeds) else f", seed {', '.join(map(str, compared))}"
 
 
 def _with_interval(facts: _Result) -> str:
+    """The lift, or the difference where there is nothing to divide by."""
+    if facts["lift"] is None:
+        ends = f"[{facts['difference_low']:+.4f}, {facts['difference_high']:+.4f}]"
+        return f"{facts['difference']:+.4f} {ends}"
     return f"{facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
 
 
 def _note(result: _Result) -> str:
-    lifts = [f"{metric} {_with_interval(result[metric])}" for metric in METRICS]
-    return f"{result['row']} against {result['against']}, paired by user: {', '.join(lifts)}."
+    return f"{result['row']} against {result['against']}, paired by user: {_lifts(result)}."
+
+
+def _told_note(result: _Result, by_row: Mapping[str, list[_Result]]) -> str:
+    row = result["told_of_request"]
+    seeds = _compared_seeds(result, by_row[row])
+    return (
+        f"{row} told of the request against the same weights not told, paired by user: "
+        f"{_lifts(result)}{seeds}."
+    )
+
+
+def _lifts(result: _Result) -> str:
+    return ", ".join(f"{metric} {_with_interval(result[metric])}" for metric in METRICS)
+
+
+def _unversioned(by_row: Mapping[str, list[_Result]]) -> str:
+    """Which trainings do not say what code they ran."""
+    seeds = {
+        row: [str(result["seed"]) for result in results if not result.get("code_version")]
+        for row, results in by_row.items()
+    }
+    named = [f"{row} {', '.join(found)}" for row, found in sorted(seeds.items()) if found]
+    if not named:
+        return ""
+    return f"Recorded before the version of the code was kept, by seed: {'; '.join(named)}."
 
 
 def _settings(entries: Mapping[str, Entry]) -> str:
@@ -256,7 +348,7 @@ def _commands(results: list[_Result]) -> list[str]:
 def _render_untrained(entries: Mapping[str, Entry]) -> str:
     rows = []
     for name, entry in entries.items():
-        goals = _pair(entry.floor), _pair(entry.aim)
+        goals = _pair(entry.floor), ", then ".join(map(_pair, entry.aim))
         dataset = f"{entry.dataset}, {name_protocol(entry.cut, entry.cut_target)}"
         rows.append(f"| {' | '.join([name, _name(entry), dataset, *goals, entry.published])} |")
     commands = [f"python -m benchmarks.leaderboard train {name} --seed 1" for name in entries]

@@ -1,5 +1,6 @@
 """The leader board: what is trained, resumed, kept and shown."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -8,14 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from benchmarks import leaderboard, published
 from benchmarks.leaderboard import (
+    MODEL,
     RESULTS,
+    TIME_BLIND,
+    choose_targets,
     compare_trainings,
     make_trainer,
+    measure_again,
     measure_baselines,
     measure_lifts,
+    measure_requests,
     read_results,
     train,
 )
@@ -24,9 +31,13 @@ from benchmarks.leaderboard_table import render
 from benchmarks.published import Events
 from ray_jobs.code_version import code_version
 from ray_jobs.job import load_config
-from recsys.context import NO_TIME
+from recsys.checkpoint import load_checkpoint
+from recsys.context import NO_TIME, ContextConfig
+from recsys.errors import CheckpointError
+from recsys.evaluation import rank_targets
 from recsys.item_codes import ItemCodesConfig, learn_codes
-from recsys.recipe import read_recipe
+from recsys.recipe import Recipe, read_recipe
+from recsys.scorer import ModelScorer
 
 _ENTRY = Entry(
     dataset="circle",
@@ -53,6 +64,43 @@ def circle(monkeypatch, tmp_path):
     monkeypatch.setattr(leaderboard, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("NEXTITEM_HOME", str(tmp_path / "home"))
     return tmp_path
+
+
+def _offer(monkeypatch, entry, users, items, **columns):
+    """Events without times, in place of the circle, and the one row that reads them."""
+    events = Events(users, items, np.full(len(users), NO_TIME), columns)
+    monkeypatch.setattr(published, "DATASETS", {entry.dataset: lambda: events})
+    monkeypatch.setattr(leaderboard, "read_entries", lambda: {entry.dataset: entry})
+
+
+@pytest.fixture
+def paths(circle, monkeypatch):
+    """Ten places in a circle; a user takes the even item of the next one on a phone, the odd one on
+    a desktop, and the device says which.
+    """
+    users, steps = np.repeat(np.arange(60), 8), np.tile(np.arange(8), 60)
+    is_phone = np.random.default_rng(0).random(len(users)) < 0.5
+    items = (users + steps) % 10 * 2 + ~is_phone
+    entry = _ENTRY.model_copy(
+        update={
+            "dataset": "paths",
+            "context": ContextConfig(categorical=("device",), time=()),
+            "overrides": _ENTRY.overrides | {"optimiser": {"learning_rate": 1e-2}},
+        }
+    )
+    devices = pa.array(np.where(is_phone, "phone", "desktop"))
+    _offer(monkeypatch, entry, users, items, device=devices)
+    return circle
+
+
+def _rank(entry, checkpoint, seed=1, **options):
+    """Ranks of the test targets under the weights of a checkpoint."""
+    dataset = published.read_dataset(entry.dataset, entry.context)
+    trainer = make_trainer(entry, dataset, seed)
+    load_checkpoint(checkpoint, trainer)
+    scorer = ModelScorer(trainer.model, dataset.context.known_at_request_F, **options)
+    users = choose_targets(dataset, entry.max_users)
+    return rank_targets(scorer, dataset.store, users, dataset.split.test_U[users]).ranks_N
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +156,23 @@ def test_every_row_fits_its_recipe_and_data(name, entry, small_data, small_shop,
 
 @pytest.mark.parametrize(("name", "entry"), sorted(read_entries().items()))
 def test_the_aim_of_a_row_is_not_below_its_floor(name, entry):
-    assert (entry.floor is None) == (entry.aim is None), name
-    if entry.floor and entry.aim:
-        for floor, aim in zip(entry.floor, entry.aim, strict=True):
-            assert 0 < floor <= aim < 1
-        # A single hit is worth at most 1 in NDCG.
-        assert entry.floor[1] < entry.floor[0]
-        assert entry.aim[1] < entry.aim[0]
+    assert (entry.floor is None) == (not entry.aim), name
+    goals = [entry.floor, *entry.aim] if entry.floor else []
+    for lower, higher in itertools.pairwise(goals):
+        assert all(0 < low <= high < 1 for low, high in zip(lower, higher, strict=True))
+    # A single hit is worth at most 1 in NDCG.
+    assert all(ndcg < hit_rate for hit_rate, ndcg in goals)
+
+
+def test_an_aim_is_a_pair_or_several_steps():
+    row = {"dataset": "circle", "recipe": "bert4rec", "max_epochs": 1}
+    assert Entry.model_validate(row).aim == ()
+    assert Entry.model_validate(row | {"aim": None}).aim == ()
+    assert Entry.model_validate(row | {"aim": [0.3, 0.2]}).aim == ((0.3, 0.2),)
+    steps = [[0.292, 0.162], [0.309, 0.170]]
+    assert Entry.model_validate(row | {"aim": steps}).aim == ((0.292, 0.162), (0.309, 0.170))
+    with pytest.raises(ValidationError, match="aim"):
+        Entry.model_validate(row | {"aim": [0.3]})
 
 
 @pytest.mark.parametrize("result", [one for one in read_results() if "seed" in one], ids=_id)
@@ -124,6 +182,29 @@ def test_results_have_the_settings_of_their_rows(result):
     # Fewer users than that were there.
     assert result["num_users"] <= min(trained.pop("max_users"), row.pop("max_users"))
     assert trained == row
+    recipe = read_recipe(row["recipe"], row["overrides"])
+    assert _recorded_recipe(result) == recipe.model_dump(mode="json")
+
+
+def _recorded_recipe(result):
+    """What was added to recipes since is at its defaults."""
+    return _filled(result["recipe"], Recipe(name=result["recipe"]["name"]).model_dump(mode="json"))
+
+
+def _filled(recorded, defaults):
+    both = {name for name, value in recorded.items() if isinstance(value, dict)}
+    parts = {name: _filled(recorded[name], defaults.get(name) or {}) for name in both}
+    return defaults | recorded | parts
+
+
+def test_a_recorded_recipe_lacks_nothing_but_defaults():
+    recipe = read_recipe("gsasrec", {"loss": {"calibration": 0.5}}).model_dump(mode="json")
+    older = recipe | {"loss": {**recipe["loss"]}}
+    del older["loss"]["prior"]
+    assert _recorded_recipe({"recipe": older}) == recipe
+    del older["loss"]["calibration"]
+    assert _recorded_recipe({"recipe": older}) != recipe
+    assert _recorded_recipe({"recipe": recipe | {"batch_size": 7}}) != recipe
 
 
 def test_the_leader_board_is_what_the_results_say():
@@ -141,6 +222,18 @@ def test_lifts_belong_to_the_results():
             ours = np.mean([test["mean"] for test in tests])
             theirs = baselines[lift["targets_sha256"]][name]["HR@10"]["mean"]
             assert facts["HR@10"]["difference"] == pytest.approx(ours - theirs)
+
+
+def test_what_the_request_is_worth_belongs_to_the_results():
+    found = read_results()
+    trained = {(one["row"], one["seed"]): one["test"] for one in found if "seed" in one}
+    for told in (one for one in found if "told_of_request" in one):
+        tests = [trained[told["told_of_request"], seed] for seed in told["seeds"]]
+        for metric in ("HR@10", "NDCG@10"):
+            gains = [
+                test[MODEL][metric]["mean"] - test[TIME_BLIND][metric]["mean"] for test in tests
+            ]
+            assert told[metric]["difference"] == pytest.approx(np.mean(gains))
 
 
 def test_nothing_that_reads_globo_reads_gaps():
@@ -161,6 +254,176 @@ def test_what_a_training_found_is_kept(circle):
     assert len(kept["history"]) == kept["epochs"] == 3
     assert len(kept["targets_sha256"]) == 64
     assert kept["code_version"] == code_version()
+
+
+def test_the_test_targets_are_ranked_with_the_best_weights_not_the_last(circle, monkeypatch):
+    """Validation targets never train, so that they sink, the more so the longer one trains."""
+    walk = (np.arange(60)[:, None] * 3 + np.arange(6)) % 30
+    walk[:, 4] = 30 + np.arange(60) % 10
+    overrides = _ENTRY.overrides | {"optimiser": {"learning_rate": 1e-2}}
+    entry = _ENTRY.model_copy(update={"max_epochs": 6, "overrides": overrides})
+    _offer(monkeypatch, entry, np.repeat(np.arange(60), 6), walk.reshape(-1))
+
+    found = train("circle", seed=1, threads=1)
+    assert found["best_epoch"] < found["epochs"] == 6
+    folder = circle / "home/leaderboard/circle-1"
+    best_N, last_N = (_rank(entry, folder / kind) for kind in ("best", "last"))
+    assert np.array_equal(np.load(folder / "ranks.npy"), best_N)
+    best, last = (np.mean(1 / ranks_N * (ranks_N <= 10)) for ranks_N in (best_N, last_N))
+    assert found["test"]["model"]["MRR@10"]["mean"] == pytest.approx(best)
+    assert best != pytest.approx(last)
+
+
+@pytest.mark.usefixtures("circle")
+def test_test_targets_are_ranked_without_what_their_user_has_seen(monkeypatch):
+    # Training has 1 in 11 events, 2 in 9, 3 in 3, 4 in 2, and 5 in none.
+    items = [1, 2, 3, 5] * 8 + [1, 2] + [3, 4] * 2 + [1, 3] + [1]
+    users = [user for user in range(8) for _ in range(4)] + [8, 8, 9, 9, 10, 10, 11, 11, 12]
+    _offer(monkeypatch, _ENTRY, np.array(users), np.array(items))
+    found = measure_baselines("circle", None)
+    assert found["num_users"] == 8
+    # The target is 5; of 4 and 5, which are left, 4 has more events. With what was seen it would be
+    # the fifth of all; the validation target, 3, would be the first of 3, 4 and 5.
+    assert found["test"]["popularity"]["MRR@10"]["mean"] == pytest.approx(1 / 2)
+
+
+def test_the_time_blind_row_is_not_told_of_the_request(paths):
+    found = train("paths", seed=1, threads=1)
+    folder = paths / "home/leaderboard/paths-1"
+    entry = leaderboard.read_entries()["paths"]
+    blind_N = _rank(entry, folder / "best", knows_request=False)
+    assert np.array_equal(np.load(folder / "ranks-time-blind.npy"), blind_N)
+    assert np.array_equal(np.load(folder / "ranks.npy"), _rank(entry, folder / "best"))
+    test = found["test"]
+    assert test["time-blind"]["NDCG@10"]["mean"] < test["model"]["NDCG@10"]["mean"]
+
+
+def test_being_told_of_the_request_is_compared_where_both_ranks_are_there(paths):
+    found = [train("paths", seed=seed, threads=1) for seed in (1, 2)]
+    assert measure_requests() == ["paths"]
+    kept = json.loads((paths / "results/told-paths.json").read_text())
+    assert kept["seeds"] == [1, 2]
+    told, blind = (
+        np.mean([one["test"][name]["NDCG@10"]["mean"] for one in found])
+        for name in ("model", "time-blind")
+    )
+    assert kept["NDCG@10"]["lift"] == pytest.approx(told / blind - 1)
+
+    text = render(read_results(), leaderboard.read_entries())
+    line = "paths told of the request against the same weights not told, paired by user: HR@10 "
+    (shown,) = [found for found in text.splitlines() if found.startswith(line)]
+    facts = kept["NDCG@10"]
+    interval = f"{facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
+    assert shown.endswith(f", NDCG@10 {interval}.")
+
+
+def test_seeds_without_both_ranks_are_not_compared(paths):
+    for seed in (1, 2):
+        train("paths", seed=seed, threads=1)
+    folder = paths / "home/leaderboard"
+    (folder / "paths-1/ranks-time-blind.npy").unlink()
+    assert measure_requests() == ["paths"]
+    text = render(read_results(), leaderboard.read_entries())
+    (line,) = [found for found in text.splitlines() if "told of the request against" in found]
+    assert line.endswith("], seed 2.")
+
+    (paths / "results/told-paths.json").unlink()
+    (folder / "paths-2/ranks-time-blind.npy").unlink()
+    assert measure_requests() == []
+    assert "told of the request against" not in render(read_results(), leaderboard.read_entries())
+
+
+def test_a_row_that_reads_no_context_is_told_nothing(circle):
+    train("circle-ce", seed=1, threads=1)
+    assert measure_requests() == []
+    assert not list((circle / "results").glob("told-*"))
+
+
+def test_lists_and_kinds_of_targets_are_kept(paths):
+    found = train("paths", seed=1, threads=1)
+    assert set(found["lists"]) == {"model", "time-blind"}
+    assert set(found["lists"]["model"]) == {"coverage@10", "gini@10", "novelty@10", "popularity@10"}
+    # All 60 users have 7 events before the target, and each of the 20 items trains about 18 times.
+    assert list(found["kinds"]["history_length"]) == ["5-9"]
+    assert set(found["kinds"]) == {"history_length", "item_training_events", "device"}
+    devices = found["kinds"]["device"]
+    assert set(devices) == {"phone", "desktop"}
+    is_phone_N = np.random.default_rng(0).random((60, 8))[:, 7] < 0.5
+    blind_N = np.load(paths / "home/leaderboard/paths-1/ranks-time-blind.npy")
+    for device, is_there_N in (("phone", is_phone_N), ("desktop", ~is_phone_N)):
+        assert devices[device]["num_users"] == is_there_N.sum()
+        mean = np.mean((1 / np.log2(1 + blind_N) * (blind_N <= 10))[is_there_N])
+        assert devices[device]["test"]["time-blind"]["NDCG@10"]["mean"] == pytest.approx(mean)
+
+
+@pytest.mark.usefixtures("paths")
+def test_the_table_shows_lists_and_history_lengths_of_rows_that_have_them():
+    found = train("paths", seed=1, threads=1)
+    older = {key: value for key, value in found.items() if key not in ("lists", "kinds")}
+    entries = leaderboard.read_entries()
+    older |= {"row": "older"}
+    text = render([found, older], entries | {"older": entries["paths"]})
+    lists = text.split("Beyond accuracy:\n\n")[1].split("\n\n")[0].splitlines()
+    assert lists[0] == "| row | coverage@10 | novelty@10 | popularity@10 | runs |"
+    assert [line.split(" | ")[0] for line in lists[2:]] == ["| paths", "| paths; time-blind"]
+    facts = found["lists"]["model"]
+    expected = f"{facts['coverage@10']:.1%} | {facts['novelty@10']:.2f} bits"
+    assert lists[2] == f"| paths | {expected} | {facts['popularity@10']:.3f} | 1 |"
+
+    lengths = text.split("by history length:\n\n")[1].split("\n\n")[0].splitlines()
+    assert lengths[0] == "| row | 5-9 events (60 users) |"
+    assert lengths[2].startswith(f"| paths | {found['test']['model']['NDCG@10']['mean']:.4f} ± ")
+    assert len(lengths) == 4
+    alone = render([older], {"older": entries["paths"]})
+    assert "Beyond accuracy:" not in alone
+    assert "by history length:" not in alone
+
+
+def test_a_training_is_measured_again_without_training(paths, monkeypatch):
+    found = json.loads(json.dumps(train("paths", seed=1, threads=1)))
+    kept, folder = paths / "results/paths-1.json", paths / "home/leaderboard/paths-1"
+    older = {key: value for key, value in found.items() if key not in ("lists", "kinds")}
+    kept.write_text(json.dumps(older))
+    told_N, blind_N = (np.load(folder / name) for name in ("ranks.npy", "ranks-time-blind.npy"))
+    (folder / "ranks-time-blind.npy").unlink()
+    assert measure_requests() == []
+    monkeypatch.setattr(leaderboard.Trainer, "train_epoch", None)
+
+    monkeypatch.setattr(sys, "argv", ["leaderboard", "measure", "paths"])
+    leaderboard.main()
+    assert json.loads(kept.read_text()) == found | {"measured_by": code_version()}
+    assert np.array_equal(np.load(folder / "ranks.npy"), told_N)
+    assert np.array_equal(np.load(folder / "ranks-time-blind.npy"), blind_N)
+    assert measure_requests() == ["paths"]
+
+
+def test_what_ranks_otherwise_than_recorded_is_refused(circle):
+    found = train("circle-ce", seed=1, threads=1)
+    kept = circle / "results/circle-ce-1.json"
+    ndcg = found["test"]["model"]["NDCG@10"]["mean"]
+    found["test"]["model"]["NDCG@10"]["mean"] = ndcg * (1 + 1e-5)
+    kept.write_text(json.dumps(found))
+    with pytest.raises(
+        ValueError, match=r"NDCG@10 of circle-ce with seed 1 \(model\) is 0\.\d+ now"
+    ):
+        measure_again("circle-ce", 1)
+    assert json.loads(kept.read_text()) == found
+
+    kept.write_text(json.dumps(found | {"targets_sha256": "others"}))
+    with pytest.raises(ValueError, match="test targets of circle-ce with seed 1 are not those"):
+        measure_again("circle-ce", 1)
+
+
+def test_a_training_that_is_not_on_this_machine_is_not_measured_again(circle, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"circle-ce-1\.json; train circle-ce with seed 1"):
+        measure_again("circle-ce", 1)
+    train("circle-ce", seed=1, threads=1)
+    (circle / "home/leaderboard/circle-ce-1/best/seal.json").unlink()
+    with pytest.raises(CheckpointError, match="is not whole"):
+        measure_again("circle-ce", 1)
+    monkeypatch.setenv("NEXTITEM_HOME", str(circle / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match="circle-ce-1/best; train circle-ce with seed 1"):
+        measure_again("circle-ce", 1)
 
 
 def test_a_training_prints_what_its_targets_hash_to(circle, monkeypatch, capsys):
@@ -258,7 +521,7 @@ def test_marked_targets_have_figures_of_their_own(circle, monkeypatch):
     (row,) = [line for line in text.splitlines() if line.startswith("| circle-ce |")][:1]
     assert f"| {mean:.4f} ±" in row
     ease = found[1]["slices"]["odd users"]["test"]["ease"]["NDCG@10"]["mean"]
-    (row,) = [line for line in text.splitlines() if line.startswith("| ease |")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| ease |")][:1]
     assert f"| {ease:.4f} ±" in row
 
 
@@ -266,20 +529,37 @@ def test_marked_targets_have_figures_of_their_own(circle, monkeypatch):
 def test_the_table_says_which_goals_are_reached():
     found = train("circle-ce", seed=1, threads=1)
     hit_rate, ndcg = (found["test"]["model"][metric]["mean"] for metric in ("HR@10", "NDCG@10"))
-    goals = {"floor": (hit_rate, ndcg), "aim": (hit_rate, ndcg + 1e-9)}
+    goals = {"floor": (hit_rate, ndcg), "aim": [(hit_rate, ndcg + 1e-9)]}
     text = render([found], {"circle-ce": _ENTRY.model_copy(update=goals)})
     pair = f"{hit_rate:.3f} / {ndcg:.3f}"
     assert f"| {pair} ✓ | {pair} ✗ | 1 |" in text
+
+    steps = {"aim": [(hit_rate, ndcg), (hit_rate, ndcg + 1e-9)]}
+    text = render([found], {"circle-ce": _ENTRY.model_copy(update=steps)})
+    assert f"|  | {pair} ✓, then {pair} ✗ | 1 |" in text
+
+
+@pytest.mark.usefixtures("circle")
+def test_the_table_names_the_trainings_that_do_not_say_what_code_they_ran():
+    found = train("circle-ce", seed=1, threads=1)
+    older = {key: value for key, value in found.items() if key != "code_version"}
+    said = "Recorded before the version of the code was kept"
+    text = render([found, *(older | {"seed": seed} for seed in (2, 3))], {"circle-ce": _ENTRY})
+    assert f"\n{said}, by seed: circle-ce 2, 3.\n" in text
+    assert said not in render([found], {"circle-ce": _ENTRY})
 
 
 @pytest.mark.usefixtures("circle")
 def test_rows_without_a_result_are_listed():
     found = train("circle-ce", seed=1, threads=1)
-    later = _ENTRY.model_copy(update={"cut": (0.5, 0.75), "floor": (0.3, 0.2)})
+    later = _ENTRY.model_copy(
+        update={"cut": (0.5, 0.75), "floor": (0.3, 0.2), "aim": [(0.4, 0.3), (0.5, 0.4)]}
+    )
     last = later.model_copy(update={"cut_target": "last"})
     rows = {"circle-ce": _ENTRY, "later": later, "last": last}
     text = render([found], rows).split("## Not trained yet")[1]
     assert "| later | sasrec-ce | circle, temporal cut at 50% and 75% | 0.300 / 0.200 |" in text
+    assert "| 0.400 / 0.300, then 0.500 / 0.400 |" in text
     assert "| last | sasrec-ce | circle, temporal cut at 50% and 75%, last targets |" in text
     assert "train later --seed 1" in text
     assert "circle-ce" not in text
@@ -312,7 +592,7 @@ def test_ranks_of_another_run_are_not_compared(circle):
     np.save(circle / "home/leaderboard/circle-ce-1/ranks.npy", np.full(40, 9))
     assert measure_lifts() == []
     text = render(read_results(), {"circle-ce": _ENTRY})
-    (lift,) = [
-        line for line in text.splitlines() if line.startswith("| circle-ce | ") and "%" in line
-    ]
+    lifts = text.split("Lift over")[1]
+    (lift,) = [line for line in lifts.splitlines() if line.startswith("| circle-ce | ")]
+    assert "%" in lift
     assert "[" not in lift
