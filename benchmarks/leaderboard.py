@@ -19,7 +19,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +27,17 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from benchmarks import leaderboard_files
+from benchmarks.leaderboard_files import (
+    MODEL,
+    TIME_BLIND,
+    baselines_folder,
+    home,
+    keep,
+    read_results,
+    save_ranks,
+)
+from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, read_entries
 from benchmarks.leaderboard_table import METRICS, render
 from benchmarks.measure import machine
@@ -36,13 +46,12 @@ from ray_jobs.code_version import code_version
 from recsys.attributes import AttributeEncoder
 from recsys.baselines import BASELINES, EASE, make_baselines
 from recsys.checkpoint import load_checkpoint, save_checkpoint
-from recsys.comparison import compare, compare_seeds
 from recsys.context import NO_TIME
 from recsys.interactions import training_counts
 from recsys.item_codes import agree_on_codes
 from recsys.item_table import ItemFeatures
-from recsys.leaderboard import Row, comparison_facts, hash_targets, measure
-from recsys.metrics import accuracy_intervals, mean_accuracy
+from recsys.leaderboard import Row, hash_targets, measure
+from recsys.metrics import accuracy_intervals
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
@@ -50,13 +59,11 @@ from recsys.slices import slice_targets
 from recsys.splits import CutTarget
 from recsys.trainer import Trainer, TrainerConfig
 
-RESULTS = Path(__file__).parent / "results" / "leaderboard"
 _RECENT = {"globo": ("1 h", 1 / 24)}
 """What recent popularity counts, in words and in days; seven days where nothing is said."""
 _KINDS = ("history_length", "item_training_events", "device", "segment", "hour")
 """How targets are told apart: by device and segment where a row reads them, by hour where there are
 times."""
-MODEL, TIME_BLIND = "model", "time-blind"
 
 log = logging.getLogger("leaderboard")
 
@@ -68,13 +75,13 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     entry = read_entries()[name]
     dataset = read_dataset(entry.dataset, entry.context, entry.cut, entry.cut_target)
     trainer = make_trainer(entry, dataset, seed)
-    folder = _home() / f"{name}-{seed}"
+    folder = home() / f"{name}-{seed}"
     history = _train_to_the_end(trainer, folder)
 
     load_checkpoint(folder / "best", trainer)
     targets = choose_targets(dataset, entry.max_users)
     rows = measure_model(trainer.model, dataset, targets)
-    _save_ranks(folder, rows)
+    save_ranks(folder, rows)
     best = history[trainer.best_epoch - 1]
     found = {
         "row": name,
@@ -92,7 +99,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
         **_facts(dataset, targets, rows),
         "history": history,
     }
-    _keep(f"{name}-{seed}", found)
+    keep(f"{name}-{seed}", found)
     return found
 
 
@@ -103,8 +110,8 @@ def measure_again(name: str, seed: int) -> dict[str, Any]:
     Raises: FileNotFoundError without its result or checkpoint, CheckpointError when that is not
     whole, ValueError when the ranking is not the one that was recorded.
     """
-    folder = _home() / f"{name}-{seed}"
-    kept = RESULTS / f"{name}-{seed}.json"
+    folder = home() / f"{name}-{seed}"
+    kept = leaderboard_files.RESULTS / f"{name}-{seed}.json"
     for needed in (kept, folder / "best"):
         if not needed.exists():
             raise FileNotFoundError(f"There is no {needed}; train {name} with seed {seed} first.")
@@ -120,10 +127,10 @@ def measure_again(name: str, seed: int) -> dict[str, Any]:
     rows = measure_model(trainer.model, dataset, targets)
     facts = _facts(dataset, targets, rows)
     _refuse_another_ranking(recorded, facts)
-    _save_ranks(folder, rows)
+    save_ranks(folder, rows)
     added = {key: facts[key] for key in ("lists", "kinds")}
     found: dict[str, Any] = recorded | added | {"measured_by": code}
-    _keep(f"{name}-{seed}", found)
+    keep(f"{name}-{seed}", found)
     return found
 
 
@@ -186,27 +193,6 @@ def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> 
     return [_measure(scorer, dataset, users) for scorer in scorers]
 
 
-def compare_trainings(name: str, other: str, seed: int) -> dict[str, Any]:
-    """Two rows with the same seed, paired by user. Raises: FileNotFoundError before both are
-    trained, ValueError when they have other targets.
-    """
-    results = [json.loads((RESULTS / f"{row}-{seed}.json").read_text()) for row in (name, other)]
-    if results[0]["targets_sha256"] != results[1]["targets_sha256"]:
-        raise ValueError(
-            f"{name} and {other} rank other test targets; compare rows of one data set."
-        )
-    ranks = [np.load(_home() / f"{row}-{seed}" / "ranks.npy") for row in (name, other)]
-    found = {
-        "row": name,
-        "against": other,
-        "seeds": seed,
-        **{key: results[0][key] for key in ("dataset", "protocol", "targets_sha256")},
-        **{metric: comparison_facts(compare(*ranks, metric=metric)) for metric in METRICS},
-    }
-    _keep(f"compare-{name}-{other}-{seed}", found)
-    return found
-
-
 def measure_baselines(
     name: str,
     cut: tuple[float, float] | None,
@@ -229,7 +215,7 @@ def measure_baselines(
     ]
     shown = {"recent-popularity": f"recent-popularity, {period}"}
     rows = [replace(row, name=shown.get(row.name, row.name)) for row in rows]
-    folder = _baselines_folder(dataset.name, dataset.protocol)
+    folder = baselines_folder(dataset.name, dataset.protocol)
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         np.save(folder / f"{row.name}.npy", row.ranking.ranks_N)
@@ -242,133 +228,8 @@ def measure_baselines(
         **_facts(dataset, users, rows),
     }
     suffix = "" if cut is None else {"first": "-cut", "last": "-cut-last"}[cut_target]
-    _keep(f"baselines-{name}{suffix}", found)
+    keep(f"baselines-{name}{suffix}", found)
     return found
-
-
-def measure_lifts() -> list[str]:
-    """Every trained row whose ranks and those of its baselines are still on this machine, paired
-    with each baseline by user, as `results/leaderboard/lift-<row>.json`; their names.
-    """
-    of_baselines = {_section(one): one for one in read_results() if "baselines" in one}
-    return [
-        row
-        for row, seeds in _read_trainings().items()
-        if _section(seeds[0]) in of_baselines
-        and _measure_lift(seeds, of_baselines[_section(seeds[0])])
-    ]
-
-
-def measure_requests() -> list[str]:
-    """Every trained row whose ranks with and without the request are still on this machine, paired
-    by user, as `results/leaderboard/told-<row>.json`; their names.
-    """
-    return [row for row, seeds in _read_trainings().items() if _measure_request(seeds)]
-
-
-def _read_trainings() -> dict[str, list[dict[str, Any]]]:
-    """What the seeds of each row found."""
-    by_row: dict[str, list[dict[str, Any]]] = {}
-    for one in read_results():
-        if "seed" in one:
-            by_row.setdefault(one["row"], []).append(one)
-    return by_row
-
-
-def _measure_lift(seeds: list[dict[str, Any]], baselines: dict[str, Any]) -> bool:
-    """Whether there was anything to compare. The seeds that are compared are those with ranks."""
-    ours = {one["seed"]: ranks_N for one in seeds if (ranks_N := _model_ranks(one)) is not None}
-    theirs = {
-        name: ranks_N
-        for name in baselines["test"]
-        if (ranks_N := _baseline_ranks(baselines, name)) is not None
-    }
-    if not ours or not theirs:
-        return False
-    row, ours_SN = seeds[0]["row"], np.stack(list(ours.values()))
-    found = {
-        "lift_of": row,
-        "seeds": list(ours),
-        **{key: baselines[key] for key in ("dataset", "protocol", "targets_sha256")},
-        "over": {
-            name: {
-                metric: comparison_facts(compare_seeds(ours_SN, ranks_N[None], metric=metric))
-                for metric in METRICS
-            }
-            for name, ranks_N in theirs.items()
-        },
-    }
-    _keep(f"lift-{row}", found)
-    return True
-
-
-def _measure_request(seeds: list[dict[str, Any]]) -> bool:
-    """Whether there was anything to compare; of the seeds those that have both."""
-    both = {
-        one["seed"]: (told_N, blind_N)
-        for one in seeds
-        if (told_N := _model_ranks(one)) is not None
-        and (blind_N := _model_ranks(one, TIME_BLIND)) is not None
-    }
-    if not both:
-        return False
-    told_SN, blind_SN = (np.stack(ranks) for ranks in zip(*both.values(), strict=True))
-    row = seeds[0]["row"]
-    found = {
-        "told_of_request": row,
-        "seeds": list(both),
-        **{key: seeds[0][key] for key in ("dataset", "protocol", "targets_sha256")},
-        **{
-            metric: comparison_facts(compare_seeds(told_SN, blind_SN, metric=metric))
-            for metric in METRICS
-        },
-    }
-    _keep(f"told-{row}", found)
-    return True
-
-
-def _save_ranks(folder: Path, rows: list[Row]) -> None:
-    for row in rows:
-        np.save(_ranks_file(folder, row.name), row.ranking.ranks_N)
-
-
-def _ranks_file(folder: Path, name: str) -> Path:
-    return folder / ("ranks.npy" if name == MODEL else f"ranks-{name}.npy")
-
-
-def _model_ranks(result: dict[str, Any], name: str = MODEL) -> np.ndarray | None:
-    if name not in result["test"]:
-        return None
-    folder = _home() / f"{result['row']}-{result['seed']}"
-    return _read_ranks(_ranks_file(folder, name), result["test"][name])
-
-
-def _baseline_ranks(result: dict[str, Any], name: str) -> np.ndarray | None:
-    folder = _baselines_folder(result["dataset"], result["protocol"])
-    return _read_ranks(folder / f"{name}.npy", result["test"][name])
-
-
-def _read_ranks(path: Path, test: dict[str, Any]) -> np.ndarray | None:
-    """None where they are not on this machine, or are those of another run than the result."""
-    if not path.exists():
-        return None
-    ranks_N: np.ndarray = np.load(path)
-    means = mean_accuracy(ranks_N)
-    is_same = all(math.isclose(means[metric], test[metric]["mean"]) for metric in METRICS)
-    return ranks_N if is_same else None
-
-
-def _section(result: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(result[key] for key in ("dataset", "protocol", "targets_sha256"))
-
-
-def _baselines_folder(dataset: str, protocol: str) -> Path:
-    return _home() / f"baselines-{dataset}-{protocol.replace(' ', '-')}"
-
-
-def read_results() -> list[dict[str, Any]]:
-    """All that trainings, baselines and comparisons found, in the order of their files."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
@@ -454,15 +315,6 @@ def _measure_slice(rows: list[Row], is_in_N: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _keep(name: str, found: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _home() -> Path:
-    return Path(os.environ.get("NEXTITEM_HOME", Path.home() / "nextitem")) / "leaderboard"
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -501,7 +353,8 @@ def main() -> None:
     else:
         measure_lifts()
         measure_requests()
-        RESULTS.with_suffix(".md").write_text(render(read_results(), read_entries()))
+        text = render(read_results(), read_entries())
+        leaderboard_files.RESULTS.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from benchmarks import leaderboard, published
+from benchmarks import leaderboard, leaderboard_files, published
 from benchmarks.leaderboard import (
-    MODEL,
-    RESULTS,
-    TIME_BLIND,
     choose_targets,
-    compare_trainings,
     make_trainer,
     measure_again,
     measure_baselines,
-    measure_lifts,
-    measure_requests,
-    read_results,
     train,
 )
+from benchmarks.leaderboard_files import MODEL, RESULTS, TIME_BLIND, read_results
+from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, read_entries
 from benchmarks.leaderboard_table import render
 from benchmarks.published import Events
@@ -61,7 +56,7 @@ def circle(monkeypatch, tmp_path):
     monkeypatch.setattr(published, "DATASETS", {"circle": lambda: events})
     monkeypatch.setattr(leaderboard, "DATASETS", {"circle": lambda: events})
     monkeypatch.setattr(leaderboard, "read_entries", lambda: {"circle-ce": _ENTRY})
-    monkeypatch.setattr(leaderboard, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(leaderboard_files, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("NEXTITEM_HOME", str(tmp_path / "home"))
     return tmp_path
 
