@@ -82,7 +82,8 @@ def plan_memory(recipe: Recipe, workload: Workload) -> MemoryPlan:
     )
     is_touched = recipe.optimiser.item_rows == "touched"
     dense = weights - of_items * is_touched
-    # DDP exchanges gradients from buckets of its own.
+    # Gradients are views of the buckets of DDP, which makes these anew after the first step: both
+    # are counted, since what is held then was not measured.
     copies = 1 if workload.num_workers == 1 else 2
     loss, activations = _loss_bytes(recipe, workload), _activation_bytes(recipe, workload)
     gradients = dense * copies
