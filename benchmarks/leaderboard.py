@@ -20,23 +20,15 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from benchmarks import leaderboard_files
-from benchmarks.leaderboard_files import (
-    MODEL,
-    TIME_BLIND,
-    baselines_folder,
-    home,
-    keep,
-    read_results,
-    save_ranks,
-)
+from benchmarks.leaderboard_baselines import measure_baselines
+from benchmarks.leaderboard_files import home, keep, read_results, save_ranks
+from benchmarks.leaderboard_measures import choose_users, facts_of, measure_model
 from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, read_entries
 from benchmarks.leaderboard_table import METRICS, render
@@ -44,26 +36,13 @@ from benchmarks.measure import machine
 from benchmarks.published import DATASETS, Dataset, read_dataset
 from ray_jobs.code_version import code_version
 from recsys.attributes import AttributeEncoder
-from recsys.baselines import BASELINES, EASE, make_baselines
 from recsys.checkpoint import load_checkpoint, save_checkpoint
-from recsys.context import NO_TIME
-from recsys.interactions import training_counts
 from recsys.item_codes import agree_on_codes
 from recsys.item_table import ItemFeatures
-from recsys.leaderboard import Row, hash_targets, measure
-from recsys.metrics import accuracy_intervals
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
-from recsys.scorer import ModelScorer
-from recsys.slices import slice_targets
 from recsys.splits import CutTarget
 from recsys.trainer import Trainer, TrainerConfig
-
-_RECENT = {"globo": ("1 h", 1 / 24)}
-"""What recent popularity counts, in words and in days; seven days where nothing is said."""
-_KINDS = ("history_length", "item_training_events", "device", "segment", "hour")
-"""How targets are told apart: by device and segment where a row reads them, by hour where there are
-times."""
 
 log = logging.getLogger("leaderboard")
 
@@ -79,7 +58,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     history = _train_to_the_end(trainer, folder)
 
     load_checkpoint(folder / "best", trainer)
-    targets = choose_targets(dataset, entry.max_users)
+    targets = choose_users(dataset.split.test_U, entry.max_users)
     rows = measure_model(trainer.model, dataset, targets)
     save_ranks(folder, rows)
     best = history[trainer.best_epoch - 1]
@@ -96,7 +75,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
         "code_version": code,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "validation": {"HR@10": best["hr10"], "NDCG@10": best["ndcg10"]},
-        **_facts(dataset, targets, rows),
+        **facts_of(dataset, targets, rows),
         "history": history,
     }
     keep(f"{name}-{seed}", found)
@@ -123,9 +102,9 @@ def measure_again(name: str, seed: int) -> dict[str, Any]:
     trainer = make_trainer(entry, dataset, seed)
     load_checkpoint(folder / "best", trainer)
 
-    targets = choose_targets(dataset, entry.max_users)
+    targets = choose_users(dataset.split.test_U, entry.max_users)
     rows = measure_model(trainer.model, dataset, targets)
-    facts = _facts(dataset, targets, rows)
+    facts = facts_of(dataset, targets, rows)
     _refuse_another_ranking(recorded, facts)
     save_ranks(folder, rows)
     added = {key: facts[key] for key in ("lists", "kinds")}
@@ -175,63 +154,6 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     )
 
 
-def choose_targets(dataset: Dataset, max_users: int) -> np.ndarray:
-    """Users whose test events are ranked, the same sample for every row of a data set."""
-    users = np.flatnonzero(dataset.split.test_U >= 0)
-    if len(users) <= max_users:
-        return users
-    return np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
-
-
-def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> list[Row]:
-    """The test targets under a model, and, where it reads a context, as if nothing were known of
-    the request."""
-    known_F = dataset.context.known_at_request_F
-    scorers = [ModelScorer(model, known_F, name=MODEL)]
-    if len(known_F):
-        scorers.append(ModelScorer(model, known_F, name=TIME_BLIND, knows_request=False))
-    return [_measure(scorer, dataset, users) for scorer in scorers]
-
-
-def measure_baselines(
-    name: str,
-    cut: tuple[float, float] | None,
-    cut_target: CutTarget = "first",
-    max_users: int = 30_000,
-) -> dict[str, Any]:
-    """Every baseline on the test targets of a data set; recent popularity where there are times."""
-    code = code_version()
-    dataset = read_dataset(name, cut=cut, cut_target=cut_target)
-    users = choose_targets(dataset, max_users)
-    is_small = dataset.catalogue.num_items <= EASE.max_items
-    is_timed = (dataset.store.timestamps_T != NO_TIME).any()
-    fits = {"ease": is_small, "recent-popularity": is_timed}
-    names = tuple(name for name in BASELINES if fits.get(name, True))
-    period, recent_days = _RECENT.get(name, ("7 d", 7))
-    num_rows = dataset.catalogue.num_rows
-    rows = [
-        _measure(baseline.fit(dataset.store, dataset.split, num_rows), dataset, users)
-        for baseline in make_baselines(names, recent_days=recent_days)
-    ]
-    shown = {"recent-popularity": f"recent-popularity, {period}"}
-    rows = [replace(row, name=shown.get(row.name, row.name)) for row in rows]
-    folder = baselines_folder(dataset.name, dataset.protocol)
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        np.save(folder / f"{row.name}.npy", row.ranking.ranks_N)
-    found = {
-        "baselines": name,
-        "cut": cut,
-        "cut_target": cut_target,
-        "machine": machine(),
-        "code_version": code,
-        **_facts(dataset, users, rows),
-    }
-    suffix = "" if cut is None else {"first": "-cut", "last": "-cut-last"}[cut_target]
-    keep(f"baselines-{name}{suffix}", found)
-    return found
-
-
 def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
     history_file = folder / "history.json"
     history: list[dict[str, Any]] = []
@@ -259,62 +181,6 @@ def _train_to_the_end(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def _measure(scorer: Any, dataset: Dataset, users: np.ndarray) -> Row:
-    counts_I = training_counts(dataset.store, dataset.split, dataset.catalogue.num_rows)
-    row = measure(scorer, dataset.store, users, dataset.split.test_U[users], counts_I)
-    log.info("%s: HR@10 %s, NDCG@10 %s", row.name, row.accuracy["HR@10"], row.accuracy["NDCG@10"])
-    return row
-
-
-def _facts(dataset: Dataset, users: np.ndarray, rows: list[Row]) -> dict[str, Any]:
-    targets = dataset.split.test_U[users]
-    return {
-        "dataset": dataset.name,
-        "protocol": dataset.protocol,
-        "num_users": len(users),
-        "num_items": dataset.catalogue.num_items,
-        "targets_sha256": hash_targets(dataset.store, users, targets, dataset.catalogue),
-        "test": {
-            row.name: {name: asdict(interval) for name, interval in row.accuracy.items()}
-            for row in rows
-        },
-        "lists": {row.name: row.lists for row in rows},
-        "slices": {
-            name: _measure_slice(rows, marks_T[targets]) for name, marks_T in dataset.marks.items()
-        },
-        "kinds": _measure_kinds(dataset, users, targets, rows),
-    }
-
-
-def _measure_kinds(
-    dataset: Dataset, users: np.ndarray, targets: np.ndarray, rows: list[Row]
-) -> dict[str, Any]:
-    """Accuracy on each kind of target, in the order of the kinds."""
-    store = dataset.store
-    counts_I = training_counts(store, dataset.split, dataset.catalogue.num_rows)
-    slicings = slice_targets(store, users, targets, counts_I, dataset.context)
-    return {
-        kind: {
-            slicing.names[code]: _measure_slice(rows, slicing.codes_N == code)
-            for code in np.unique(slicing.codes_N)
-        }
-        for kind, slicing in slicings.items()
-        if kind in _KINDS
-    }
-
-
-def _measure_slice(rows: list[Row], is_in_N: np.ndarray) -> dict[str, Any]:
-    """Accuracy on the marked targets alone."""
-    of_rows = {row.name: accuracy_intervals(row.ranking.ranks_N[is_in_N]) for row in rows}
-    return {
-        "num_users": int(is_in_N.sum()),
-        "test": {
-            name: {metric: asdict(accuracy[metric]) for metric in METRICS}
-            for name, accuracy in of_rows.items()
-        },
-    }
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -327,6 +193,7 @@ def main() -> None:
     baselines.add_argument("dataset", choices=DATASETS)
     baselines.add_argument("--cut", type=float, nargs=2)
     baselines.add_argument("--cut_target", choices=get_args(CutTarget), default="first")
+    baselines.add_argument("--untuned", action="store_true", help="with their default settings")
     compares = commands.add_parser("compare")
     compares.add_argument("row", choices=sorted(read_entries()))
     compares.add_argument("against", choices=sorted(read_entries()))
@@ -349,7 +216,8 @@ def main() -> None:
         print(json.dumps(compare_trainings(arguments.row, arguments.against, arguments.seed)))
     elif arguments.command == "baselines":
         protocol = arguments.cut, arguments.cut_target
-        print(json.dumps(measure_baselines(arguments.dataset, *protocol)["test"]))
+        found = measure_baselines(arguments.dataset, *protocol, is_tuned=not arguments.untuned)
+        print(json.dumps({key: found[key] for key in ("settings", "test")}))
     else:
         measure_lifts()
         measure_requests()

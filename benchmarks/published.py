@@ -101,7 +101,7 @@ def read_dataset(
     )
 
 
-def name_protocol(cut: tuple[float, float] | None, cut_target: CutTarget) -> str:
+def name_protocol(cut: tuple[float, float] | None, cut_target: CutTarget = "first") -> str:
     """How a data set is split, in words."""
     if cut is None:
         return "leave-one-out"

@@ -1,5 +1,6 @@
 """The leader board: what is trained, resumed, kept and shown."""
 
+import inspect
 import itertools
 import json
 import sys
@@ -9,23 +10,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import ValidationError
 
-from benchmarks import leaderboard, leaderboard_files, published
-from benchmarks.leaderboard import (
-    choose_targets,
-    make_trainer,
-    measure_again,
-    measure_baselines,
-    train,
+from benchmarks import (
+    leaderboard,
+    leaderboard_baselines,
+    leaderboard_files,
+    leaderboard_table,
+    published,
 )
+from benchmarks.leaderboard import make_trainer, measure_again, train
+from benchmarks.leaderboard_baselines import GRIDS, measure_baselines
 from benchmarks.leaderboard_files import MODEL, RESULTS, TIME_BLIND, read_results
+from benchmarks.leaderboard_measures import choose_users
 from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
-from benchmarks.leaderboard_rows import Entry, read_entries
+from benchmarks.leaderboard_rows import Entry, Goal, read_entries
 from benchmarks.leaderboard_table import render
 from benchmarks.published import Events
 from ray_jobs.code_version import code_version
 from ray_jobs.job import load_config
+from recsys.baselines import BASELINES
+from recsys.catalogue import NUM_SPECIAL
 from recsys.checkpoint import load_checkpoint
 from recsys.context import NO_TIME, ContextConfig
 from recsys.errors import CheckpointError
@@ -94,7 +100,7 @@ def _rank(entry, checkpoint, seed=1, **options):
     trainer = make_trainer(entry, dataset, seed)
     load_checkpoint(checkpoint, trainer)
     scorer = ModelScorer(trainer.model, dataset.context.known_at_request_F, **options)
-    users = choose_targets(dataset, entry.max_users)
+    users = choose_users(dataset.split.test_U, entry.max_users)
     return rank_targets(scorer, dataset.store, users, dataset.split.test_U[users]).ranks_N
 
 
@@ -280,6 +286,67 @@ def test_test_targets_are_ranked_without_what_their_user_has_seen(monkeypatch):
     # The target is 5; of 4 and 5, which are left, 4 has more events. With what was seen it would be
     # the fifth of all; the validation target, 3, would be the first of 3, 4 and 5.
     assert found["test"]["popularity"]["MRR@10"]["mean"] == pytest.approx(1 / 2)
+
+
+class _Constant:
+    """Ranks one item first, for everybody."""
+
+    name = "constant"
+
+    def __init__(self, *, item=1):
+        self.item = item
+
+    def fit(self, store, split, num_rows):
+        self.num_rows = num_rows
+        return self
+
+    def score(self, store, users_B, targets_B):
+        scores_BI = torch.zeros(len(users_B), self.num_rows)
+        scores_BI[:, :NUM_SPECIAL] = -torch.inf
+        scores_BI[:, NUM_SPECIAL + self.item - 1] = 1
+        return scores_BI
+
+
+@pytest.mark.usefixtures("circle")
+def test_baselines_are_tuned_on_validation_targets(monkeypatch):
+    # Everybody is validated with 5 and tested with 6.
+    items = [[1, 2, 5, 6], [3, 4, 5, 6], [1, 4, 5, 6]] * 3
+    _offer(monkeypatch, _ENTRY, np.repeat(np.arange(9), 4), np.ravel(items))
+    monkeypatch.setattr(leaderboard_baselines, "BASELINES", {"constant": _Constant})
+    monkeypatch.setattr(leaderboard_baselines, "GRIDS", {"constant": {"item": (4, 5, 6)}})
+    found = measure_baselines("circle")
+    assert [run["settings"] for run in found["tried"]["constant"]] == [
+        {"item": 4},
+        {"item": 5},
+        {"item": 6},
+    ]
+    assert found["settings"] == {"constant": {"item": 5}}
+    # 5 was seen by then, and ties count against us: 6 comes after 1 to 4, of which two were seen.
+    assert found["test"]["constant"]["MRR@10"]["mean"] == pytest.approx(1 / 3)
+
+    untuned = measure_baselines("circle", is_tuned=False)
+    assert untuned["settings"] == untuned["tried"] == {}
+
+
+@pytest.mark.usefixtures("circle")
+def test_the_table_names_the_settings_of_tuned_baselines(monkeypatch):
+    found = train("circle-ce", seed=1, threads=1)
+    tuned, untuned = (measure_baselines("circle", is_tuned=is_tuned) for is_tuned in (True, False))
+    ridge = tuned["settings"]["ease"]["ridge"]
+    assert ridge in GRIDS["ease"]["ridge"]
+    text = render([found, tuned], {"circle-ce": _ENTRY})
+    assert f"| | ease | ridge {ridge:g} | " in text
+    assert "baselines circle\n" in text
+    text = render([found, untuned], {"circle-ce": _ENTRY})
+    assert "| | ease |  | " in text
+    assert "baselines circle --untuned\n" in text
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_baselines_take_the_settings_of_their_grids(name):
+    defaults = inspect.signature(BASELINES[name]).parameters
+    for setting, values in GRIDS[name].items():
+        assert defaults[setting].default in values
 
 
 def test_the_time_blind_row_is_not_told_of_the_request(paths):
@@ -532,6 +599,37 @@ def test_the_table_says_which_goals_are_reached():
     steps = {"aim": [(hit_rate, ndcg), (hit_rate, ndcg + 1e-9)]}
     text = render([found], {"circle-ce": _ENTRY.model_copy(update=steps)})
     assert f"|  | {pair} ✓, then {pair} ✗ | 1 |" in text
+
+
+def test_the_table_says_how_far_the_best_row_of_a_data_set_is(circle, monkeypatch):
+    events = published.DATASETS["circle"]()
+    odd = replace(events, marks={"odd users": events.users_T % 2 == 1})
+    monkeypatch.setattr(published, "DATASETS", {"circle": lambda: odd})
+    found = train("circle-ce", seed=1, threads=1)
+    worse = json.loads(json.dumps(found | {"row": "worse"}))
+    worse["test"]["model"]["NDCG@10"]["mean"] = 0
+    tests = [found["test"]["model"], found["slices"]["odd users"]["test"]["model"]]
+    (hit_rate, ndcg), of_odd = ([test[m]["mean"] for m in ("HR@10", "NDCG@10")] for test in tests)
+    goal = Goal(name="by feet", dataset="circle", floor=(hit_rate, ndcg), aim=(1, 1))
+    monkeypatch.setattr(leaderboard_table, "GOALS", (goal,))
+    text = render([found, worse], {"circle-ce": _ENTRY, "worse": _ENTRY})
+    floor = f"floor {hit_rate:.3f} / {ndcg:.3f}"
+    mark = "✓" if of_odd[0] >= hit_rate and of_odd[1] >= ndcg else "✗"
+    assert (
+        f"Best row by feet: circle-ce, {hit_rate:.4f} / {ndcg:.4f}, {floor} ✓, aim 1.000 / 1.000 ✗"
+        f"; on the targets with odd users alone {of_odd[0]:.4f} / {of_odd[1]:.4f}, {floor} {mark}, "
+    ) in text
+    assert "Best row" not in render([found | {"dataset": "square"}], {"circle-ce": _ENTRY})
+
+
+@pytest.mark.usefixtures("circle")
+def test_the_table_says_where_its_figures_were_made():
+    found = train("circle-ce", seed=1, threads=1)
+    there = found | {"seed": 2, "machine": "9 cores of X, 1 GiB, Python 3.12.1, 2026-01-01"}
+    text = render([found, there], {"circle-ce": _ENTRY})
+    here = found["machine"].rpartition(", ")[0]
+    first, second = sorted([here, "9 cores of X, 1 GiB, Python 3.12.1"])
+    assert f"\nTrained and ranked on {first}; {second}.\n" in text
 
 
 @pytest.mark.usefixtures("circle")
