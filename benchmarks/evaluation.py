@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation
     python -m benchmarks.evaluation --cases model-2M popularity-2M --repeats 1
 
-Events are drawn at random, a few items often and most seldom; the model has random weights (width
-64, two layers, 50 positions). Fitting a baseline is not counted; ranking is, with seen items left
+Events are drawn at random, a few items often and most seldom; the models have random weights.
+Fitting a baseline is not counted; ranking is, with seen items left
 out, and so are all metrics with their intervals. A case runs in a process of its own.
 
 Writes `benchmarks/results/evaluation.md`; the last line printed is one JSON object.
@@ -38,7 +38,10 @@ from recsys.tokens import TokenStore
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {"popularity": Popularity, "covisitation": Covisitation, "item-knn": ItemKNN}
-MODEL = ModelConfig(dim=64, num_layers=2, num_heads=2, max_len=50)
+MODELS = {
+    "model": ModelConfig(dim=64, num_layers=2, num_heads=2, max_len=50),
+    "production": ModelConfig(dim=256, num_layers=4, num_heads=8, max_len=50),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ SIZES = {"ml-1m": Size(6_040, 3_416, 165), "2M": Size(2_000, 2_000_000, 50)}
 CASES = {
     f"{scorer}-{size}": (scorer, SIZES[size])
     for size in SIZES
-    for scorer in ("model", *BASELINES)
+    for scorer in (*MODELS, *BASELINES)
     if (scorer, size) != ("item-knn", "2M")
 }
 
@@ -114,10 +117,10 @@ def rank_case(scorer_name: str, size: Size) -> Run:
 
 
 def make_scorer(name: str, store: TokenStore, split: Split, num_rows: int) -> Scorer:
-    """The untrained model, or a fitted baseline."""
-    if name == "model":
+    """An untrained model, or a fitted baseline."""
+    if name in MODELS:
         torch.manual_seed(0)
-        return ModelScorer(NextItemModel(MODEL, num_rows, ()), np.zeros(0, bool))
+        return ModelScorer(NextItemModel(MODELS[name], num_rows, ()), np.zeros(0, bool))
     return BASELINES[name]().fit(store, split, num_rows)
 
 
@@ -153,11 +156,11 @@ def _record(runs: dict[str, list[Run]]) -> None:
     text = [
         "# Ranking the whole catalogue",
         "",
-        "`python -m benchmarks.evaluation`: a model of width 64 with random weights, and "
-        "baselines; all metrics with their",
-        "intervals are counted, fitting is not. Memory is that of the process: before it ranks "
-        "(libraries, events, weights),",
-        "and the peak while it does.",
+        "`python -m benchmarks.evaluation`: models with random weights (width / layers / heads / "
+        f"length: {_sizes()}), and",
+        "baselines; all metrics with their intervals are counted, fitting is not. Memory is that "
+        "of the process: before it",
+        "ranks (libraries, events, weights), and the peak while it does.",
         f"{machine()}; torch {metadata.version('torch')}, threads: {torch.get_num_threads()}.",
         "",
         "| scorer | users | items | users a block | wall, s (median) | range | users/s "
@@ -167,6 +170,13 @@ def _record(runs: dict[str, list[Run]]) -> None:
     ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "evaluation.md").write_text("\n".join(text) + "\n")
+
+
+def _sizes() -> str:
+    return ", ".join(
+        f"{name} {model.dim} / {model.num_layers} / {model.num_heads} / {model.max_len}"
+        for name, model in MODELS.items()
+    )
 
 
 if __name__ == "__main__":
