@@ -28,7 +28,7 @@ import torch
 from benchmarks import leaderboard_files
 from benchmarks.leaderboard_baselines import measure_baselines
 from benchmarks.leaderboard_files import home, keep, read_results, save_ranks
-from benchmarks.leaderboard_measures import choose_users, facts_of, measure_model
+from benchmarks.leaderboard_measures import facts_of, measure_model
 from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, read_entries
 from benchmarks.leaderboard_table import METRICS, render
@@ -43,6 +43,7 @@ from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
 from recsys.splits import CutTarget
 from recsys.trainer import Trainer, TrainerConfig
+from recsys.validation import sample_users
 
 log = logging.getLogger("leaderboard")
 
@@ -58,7 +59,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
     history = _train_to_the_end(trainer, folder)
 
     load_checkpoint(folder / "best", trainer)
-    targets = choose_users(dataset.split.test_U, entry.max_users)
+    targets = sample_users(dataset.split.test_U, entry.max_users, seed=0)
     rows = measure_model(trainer.model, dataset, targets)
     save_ranks(folder, rows)
     best = history[trainer.best_epoch - 1]
@@ -102,7 +103,7 @@ def measure_again(name: str, seed: int) -> dict[str, Any]:
     trainer = make_trainer(entry, dataset, seed)
     load_checkpoint(folder / "best", trainer)
 
-    targets = choose_users(dataset.split.test_U, entry.max_users)
+    targets = sample_users(dataset.split.test_U, entry.max_users, seed=0)
     rows = measure_model(trainer.model, dataset, targets)
     facts = facts_of(dataset, targets, rows)
     _refuse_another_ranking(recorded, facts)

@@ -2,39 +2,26 @@
 NDCG@10 on the validation targets, before a test target is ranked.
 """
 
-import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.leaderboard_files import baselines_folder, keep
-from benchmarks.leaderboard_measures import MAX_USERS, choose_users, facts_of, measure_scorer
+from benchmarks.leaderboard_measures import MAX_USERS, facts_of, measure_scorer
 from benchmarks.measure import machine
 from benchmarks.published import Dataset, read_dataset
 from ray_jobs.code_version import code_version
-from recsys.baselines import BASELINES, EASE, Baseline
+from recsys.baseline_search import Trial, choose_settings, try_settings
+from recsys.baselines import BASELINES, EASE, make_baselines
 from recsys.context import NO_TIME
-from recsys.evaluation import rank_targets
-from recsys.metrics import mean_accuracy
 from recsys.splits import CutTarget
+from recsys.validation import sample_users
 
-GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-    "covisitation": {"window": (2, 5, 10), "backward": (0.0, 0.3, 1.0)},
-    "item-knn": {"neighbours": (20, 50, 200), "shrinkage": (0, 10, 100)},
-    "als": {
-        "factors": (32, 64, 128),
-        "regularisation": (1.0, 10.0),
-        "confidence": (1.0, 5.0, 25.0),
-    },
-    "ease": {"ridge": (30, 100, 300, 1000, 3000)},
-}
-"""The values of each setting; all combinations are tried."""
 _RECENT = {"globo": ("1 h", 1 / 24)}
 """What recent popularity counts, in words and in days; seven days where nothing is said."""
-_SELECTION = "NDCG@10"
 
 log = logging.getLogger("leaderboard")
 
@@ -53,13 +40,17 @@ def measure_baselines(
     """
     code = code_version()
     dataset = read_dataset(name, cut=cut, cut_target=cut_target)
-    users = choose_users(dataset.split.test_U, max_users)
-    rows, tried = [], {}
-    for baseline in _choose_baselines(dataset):
-        grid = GRIDS.get(baseline, {}) if is_tuned else {}
-        fitted, tried[baseline] = _tune(baseline, grid, dataset, max_users)
-        row = measure_scorer(fitted, dataset, users)
-        rows.append(replace(row, name=_shown(baseline, dataset)))
+    users = sample_users(dataset.split.test_U, max_users, seed=0)
+    names = tuple(_choose_baselines(dataset))
+    trials = {name: _try(name, dataset, max_users) if is_tuned else [] for name in names}
+    settings = {name: choose_settings(found) for name, found in trials.items() if found}
+    data = dataset.store, dataset.split, dataset.catalogue.num_rows
+    days = _recent(dataset)[1]
+    rows = [
+        measure_scorer(baseline.fit(*data), dataset, users)
+        for baseline in make_baselines(names, recent_days=days, settings=settings)
+    ]
+    rows = [replace(row, name=_shown(row.name, dataset)) for row in rows]
     folder = baselines_folder(dataset.name, dataset.protocol)
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
@@ -71,8 +62,10 @@ def measure_baselines(
         "is_tuned": is_tuned,
         "machine": machine(),
         "code_version": code,
-        "settings": {baseline: _best(runs)["settings"] for baseline, runs in tried.items() if runs},
-        "tried": {baseline: runs for baseline, runs in tried.items() if runs},
+        "settings": settings,
+        "tried": {
+            name: [trial._asdict() for trial in found] for name, found in trials.items() if found
+        },
         **facts_of(dataset, users, rows),
     }
     suffix = "" if cut is None else {"first": "-cut", "last": "-cut-last"}[cut_target]
@@ -95,33 +88,6 @@ def _recent(dataset: Dataset) -> tuple[str, float]:
     return _RECENT.get(dataset.name, ("7 d", 7))
 
 
-def _tune(
-    name: str, grid: Mapping[str, tuple[float, ...]], dataset: Dataset, max_users: int
-) -> tuple[Baseline, list[dict[str, Any]]]:
-    """The best of the grid, fitted, and what each of its points reached in validation; without a
-    grid the settings of the class, and nothing is validated.
-    """
-    settings = {"days": _recent(dataset)[1]} if name == "recent-popularity" else {}
-    if not grid:
-        return _fit(name, settings, dataset), []
-    users = choose_users(dataset.split.validation_U, max_users)
-    targets = dataset.split.validation_U[users]
-    tried: list[dict[str, Any]] = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        fitted = _fit(name, settings, dataset)
-        ranks_N = rank_targets(fitted, dataset.store, users, targets).ranks_N
-        tried.append({"settings": settings, _SELECTION: mean_accuracy(ranks_N)[_SELECTION]})
-        log.info("%s: %s", name, tried[-1])
-        if tried[-1] is _best(tried):
-            best = fitted
-    return best, tried
-
-
-def _fit(name: str, settings: Mapping[str, float], dataset: Dataset) -> Baseline:
-    return BASELINES[name](**settings).fit(dataset.store, dataset.split, dataset.catalogue.num_rows)
-
-
-def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of the best."""
-    return max(tried, key=lambda run: float(run[_SELECTION]))
+def _try(name: str, dataset: Dataset, max_users: int) -> list[Trial]:
+    users = sample_users(dataset.split.validation_U, max_users, seed=0)
+    return try_settings(name, dataset.store, dataset.split, dataset.catalogue.num_rows, users)

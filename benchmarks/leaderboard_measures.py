@@ -26,14 +26,6 @@ times."""
 log = logging.getLogger("leaderboard")
 
 
-def choose_users(targets_U: np.ndarray, max_users: int) -> np.ndarray:
-    """Users with a target, the same sample for every row of a data set; ascending."""
-    users = np.flatnonzero(targets_U >= 0)
-    if len(users) <= max_users:
-        return users
-    return np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
-
-
 def measure_model(model: NextItemModel, dataset: Dataset, users: np.ndarray) -> list[Row]:
     """The test targets under a model, and, where it reads a context, as if nothing were known of
     the request."""

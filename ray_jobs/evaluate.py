@@ -12,12 +12,11 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -32,10 +31,10 @@ from ray_jobs.job import Report, main
 from ray_jobs.report import describe_cut_target, describe_dates, write_report
 from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
+from ray_jobs.targets import Targets, choose_targets
+from recsys.baseline_search import GRIDS, Settings, Trial, choose_settings, try_settings
 from recsys.baselines import BASELINES, EASE, make_baselines
-from recsys.catalogue import Catalogue
 from recsys.comparison import find_target_difference
-from recsys.interactions import training_counts
 from recsys.leaderboard import (
     HEADLINE,
     Row,
@@ -45,41 +44,19 @@ from recsys.leaderboard import (
     comparison_facts,
     hash_targets,
     measure,
-    ranks_table,
     render,
 )
 from recsys.scorer import ModelScorer
 from recsys.slices import slice_ndcg, slice_targets
-from recsys.splits import Split, SplitConfig, split_tokens
-from recsys.targets import TargetEvents
-from recsys.tokens import TokenStore
+from recsys.splits import SplitConfig
+from recsys.validation import sample_users
 
 log = logging.getLogger(__name__)
 
 MODEL = "model"
 TIME_BLIND = "model, time-blind"
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What is ranked: N test events and what may be learned before them."""
-
-    store: TokenStore
-    split: Split
-    users_N: np.ndarray
-    targets_N: np.ndarray
-    counts_I: np.ndarray
-    """Training events of each catalogue row."""
-    catalogue: Catalogue
-
-    @property
-    def where(self) -> tuple[TokenStore, np.ndarray, np.ndarray]:
-        """The arguments that name them."""
-        return self.store, self.users_N, self.targets_N
-
-    def ranks(self, rows: tuple[Row, ...] = ()) -> pa.Table:
-        """See `leaderboard.ranks_table`."""
-        return ranks_table(*self.where, self.catalogue, rows)
+_TUNING_TARGETS = 5_000
+"""At most so many users are validated for each of a baseline's settings."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +71,12 @@ class Rival:
 
 def run(config: PipelineConfig) -> Report:
     """Evaluates a finished run. Raises: JobError, ConfigError, TableError, ArtifactError."""
-    unknown = sorted(set(config.evaluate.baselines) - set(BASELINES))
-    if unknown:
-        raise ConfigError(
-            f"evaluate.baselines: there is no {', '.join(unknown)}; choose of: "
-            f"{', '.join(BASELINES)}."
-        )
+    for key, known in (("baselines", BASELINES), ("tuned", GRIDS)):
+        unknown = sorted(set(getattr(config.evaluate, key)) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"evaluate.{key}: there is no {', '.join(unknown)}; choose of: {', '.join(known)}."
+            )
     finished = open_run(config, config.evaluate.run)
     rival = open_rival(config)
     sequences = open_sequences(config, finished.facts["sequences_version"])
@@ -147,7 +124,9 @@ def evaluate_run(
 
     names, skipped = _fitting_baselines(config.evaluate.baselines, catalogue.num_items)
     models = _measure_models(finished, targets, config)
-    baselines = _measure_baselines(names, targets, config)
+    trials = _tune_baselines(names, targets, config)
+    settings = {name: choose_settings(found) for name, found in trials.items()}
+    baselines = _measure_baselines(names, settings, targets, config)
     rows = (*models, *baselines)
     comparisons = compare_rows(models[0], baselines, seed=config.seed)
     blind = compare_rows(models[1], baselines, seed=config.seed)
@@ -159,6 +138,10 @@ def evaluate_run(
         "comparisons": {name: comparison_facts(found) for name, found in comparisons.items()},
         "comparisons_time_blind": {name: comparison_facts(found) for name, found in blind.items()},
         "skipped_baselines": skipped,
+        "baseline_settings": settings,
+        "baseline_trials": {
+            name: [trial._asdict() for trial in found] for name, found in trials.items()
+        },
         **_slice(models[0], baselines, targets, finished, config.seed),
         "against": None if rival is None else _compare_with(rival, ranks, config.seed),
     }
@@ -182,31 +165,6 @@ def describe_command(argv: Sequence[str]) -> str:
     """The command of this process as it can be given again, without what may be a secret."""
     secret = re.compile(r"((?:^|=)storage(?:\.options[^=]*)?=).*", re.DOTALL)
     return shlex.join(["python", *(secret.sub(r"\1***", argument) for argument in argv[1:])])
-
-
-def choose_targets(
-    store: TokenStore,
-    split_config: SplitConfig,
-    catalogue: Catalogue,
-    config: PipelineConfig,
-    target_events: TargetEvents | None = None,
-) -> Targets:
-    """The test events of all users, or of a seeded sample of `evaluate.max_users`.
-
-    Raises: JobError when there is none.
-    """
-    split = split_tokens(store, split_config, target_events)
-    users = np.flatnonzero(split.test_U >= 0)
-    if len(users) == 0:
-        raise JobError(
-            f"No user has a test event under the {split_config.kind} split; users need three "
-            "events, or events on both sides of test_from, of the types that train.targets names."
-        )
-    if len(users) > config.evaluate.max_users:
-        generator = np.random.default_rng(config.seed)
-        users = np.sort(generator.choice(users, config.evaluate.max_users, replace=False))
-    counts_I = training_counts(store, split, catalogue.num_rows)
-    return Targets(store, split, users, split.test_U[users], counts_I, catalogue)
 
 
 def _describe_protocol(
@@ -287,10 +245,35 @@ def _measure_models(finished: FinishedRun, targets: Targets, config: PipelineCon
     return [_measure(scorer, targets, config) for scorer in scorers]
 
 
-def _measure_baselines(
+def _tune_baselines(
     names: tuple[str, ...], targets: Targets, config: PipelineConfig
+) -> dict[str, list[Trial]]:
+    """What was tried on validation targets, by the baseline's name."""
+    users = sample_users(targets.split.validation_U, _TUNING_TARGETS, config.seed)
+    data = targets.store, targets.split, targets.catalogue.num_rows
+    tried = {
+        name: try_settings(
+            name,
+            *data,
+            users,
+            max_training_users=config.evaluate.tuning_users,
+            filter_seen=config.evaluate.filter_seen,
+            seed=config.seed,
+        )
+        for name in names
+        if name in config.evaluate.tuned
+    }
+    return {name: found for name, found in tried.items() if found}
+
+
+def _measure_baselines(
+    names: tuple[str, ...],
+    settings: Mapping[str, Settings],
+    targets: Targets,
+    config: PipelineConfig,
 ) -> list[Row]:
-    baselines = make_baselines(names, recent_days=config.evaluate.recent_days, seed=config.seed)
+    recent_days, seed = config.evaluate.recent_days, config.seed
+    baselines = make_baselines(names, recent_days=recent_days, seed=seed, settings=settings)
     num_rows = targets.catalogue.num_rows
     return [
         _measure(baseline.fit(targets.store, targets.split, num_rows), targets, config)

@@ -104,7 +104,14 @@ def _write_artifact(
     # Nothing is held back from the fallback tables: they are not what was evaluated.
     everything = whole_sequences(store.offsets_U)
     vocabulary = finished.vocabulary
-    write_fallback(folder / "fallback", store, everything, vocabulary.catalogue, vocabulary.context)
+    write_fallback(
+        folder / "fallback",
+        store,
+        everything,
+        vocabulary.catalogue,
+        vocabulary.context,
+        covisitation=evaluation.get("baseline_settings", {}).get("covisitation", {}),
+    )
     _export(finished, folder)
 
 

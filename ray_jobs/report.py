@@ -149,6 +149,9 @@ def _accuracy(evaluation: Facts) -> list[Block]:
     ]
     for name, reason in evaluation["skipped_baselines"].items():
         blocks.append(Text(f"Left out: {name} ({reason})."))
+    # Reports of before baselines were tuned are rendered again, too.
+    for name, trials in evaluation.get("baseline_trials", {}).items():
+        blocks.append(Text(_describe_choice(name, evaluation["baseline_settings"][name], trials)))
     if evaluation["comparisons"]:
         blocks += [
             Heading("The model's NDCG@10 against each baseline", level=3),
@@ -160,6 +163,15 @@ def _accuracy(evaluation: Facts) -> list[Block]:
         lines = [(row, *(_with_interval(rows[row][name]) for name in names)) for row in rows]
         metrics.append(Table(("", *names), lines))
     return [*blocks, Details("All metrics with their intervals", metrics)]
+
+
+def _describe_choice(name: str, settings: Facts, trials: list[Facts]) -> str:
+    chosen = ", ".join(f"{setting} {value:g}" for setting, value in settings.items())
+    scores = sorted(trial["ndcg10"] for trial in trials)
+    return (
+        f"Settings of {name}: {chosen}; of {len(trials)} on validation targets, whose {HEADLINE} "
+        f"went from {scores[0]:.4f} to {scores[-1]:.4f}."
+    )
 
 
 def _lifts(evaluation: Facts) -> list[tuple[str, ...]]:

@@ -247,19 +247,25 @@ class EASE:
 
 
 def make_baselines(
-    names: tuple[str, ...], *, recent_days: float = 7, seed: int = 0
+    names: tuple[str, ...],
+    *,
+    recent_days: float = 7,
+    seed: int = 0,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Baseline]:
-    """Unfitted baselines with the settings of their classes. Raises ValueError for a name that is
-    not in `BASELINES`.
+    """Unfitted baselines with the settings of their classes but for those in `settings`. Raises
+    ValueError for a name that is not in `BASELINES`.
     """
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise ValueError(f"There is no baseline {unknown[0]!r}; choose of: {', '.join(BASELINES)}.")
-    settings: dict[str, dict[str, Any]] = {
+    given: dict[str, dict[str, Any]] = {
         "recent-popularity": {"days": recent_days},
         "als": {"seed": seed},
     }
-    return [BASELINES[name](**settings.get(name, {})) for name in names]
+    for name, values in (settings or {}).items():
+        given[name] = given.get(name, {}) | dict(values)
+    return [BASELINES[name](**given.get(name, {})) for name in names]
 
 
 BASELINES: Mapping[str, Callable[..., Baseline]] = {

@@ -7,6 +7,7 @@ ingress with NumPy alone.
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -131,12 +132,14 @@ def write_fallback(
     num_popular: int = 1000,
     num_in_segment: int = 500,
     num_covisited: int = 50,
+    covisitation: Mapping[str, float] | None = None,
 ) -> None:
     """Writes popular.parquet (item_id, score, rank), segments.parquet (segment, item_id, score) and
     covisited.parquet (item_id, neighbour_id, score), each best first, from training events alone.
 
     Popularity is the mean of two shares of the events: of the whole period, and of its last
-    `recent_days`; the first is reliable, the second is up to date.
+    `recent_days`; the first is reliable, the second is up to date. `covisitation` are the settings
+    of `find_neighbours` that are not its defaults.
     """
     folder.mkdir(parents=True, exist_ok=True)
     positions_T = training_positions(store, split)
@@ -153,7 +156,9 @@ def write_fallback(
         segments.append(_with_segment(best, name))
     pq.write_table(pa.concat_tables(segments), folder / SEGMENTS)
 
-    pq.write_table(_covisited(store, split, catalogue, num_covisited), folder / COVISITED)
+    pq.write_table(
+        _covisited(store, split, catalogue, num_covisited, covisitation or {}), folder / COVISITED
+    )
 
 
 def _with_segment(popular: pa.Table, name: str) -> pa.Table:
@@ -186,8 +191,14 @@ def _segments_of(
             yield name, by_code[ends[code - 1] : ends[code]]
 
 
-def _covisited(store: TokenStore, split: Split, catalogue: Catalogue, limit: int) -> pa.Table:
-    neighbours = find_neighbours(store, split, catalogue.num_rows, limit=limit)
+def _covisited(
+    store: TokenStore,
+    split: Split,
+    catalogue: Catalogue,
+    limit: int,
+    settings: Mapping[str, Any],
+) -> pa.Table:
+    neighbours = find_neighbours(store, split, catalogue.num_rows, limit=limit, **settings)
     items = np.repeat(np.arange(catalogue.num_rows), np.diff(neighbours.indptr))
     return pa.table(
         {

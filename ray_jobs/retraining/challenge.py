@@ -10,10 +10,11 @@ import ray.data
 import torch
 
 from ray_jobs.config import PipelineConfig
-from ray_jobs.evaluate import MODEL, choose_targets
+from ray_jobs.evaluate import MODEL
 from ray_jobs.exchange import get
 from ray_jobs.runs import EXPORT, FinishedRun
 from ray_jobs.sequences_reader import Vocabulary, collect_tokens, load_tokens, open_sequences
+from ray_jobs.targets import choose_targets
 from recsys.artifact import Artifact, load_artifact
 from recsys.champion import find_known_targets, make_request, rank_as_served, time_in_turn
 from recsys.encoders import make_encoder

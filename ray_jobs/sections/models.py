@@ -107,6 +107,13 @@ class EvaluateConfig(Section):
         "als",
         "ease",
     )
+    tuned: tuple[str, ...] = ("covisitation",)
+    """Those of them whose settings are chosen by NDCG@10 on validation targets, see
+    `baseline_search.GRIDS`; the others keep their defaults. A published version falls back on the
+    co-visitation that was chosen."""
+    tuning_users: int = Field(50_000, ge=1)
+    """Settings are chosen by what the training events of so many users, a seeded sample, say of the
+    validation targets."""
     recent_days: float = Field(7, gt=0)
     """recent-popularity: days before the full hour of a target that count; a fraction will do."""
 

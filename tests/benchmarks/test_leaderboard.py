@@ -1,6 +1,5 @@
 """The leader board: what is trained, resumed, kept and shown."""
 
-import inspect
 import itertools
 import json
 import sys
@@ -21,16 +20,16 @@ from benchmarks import (
     published,
 )
 from benchmarks.leaderboard import make_trainer, measure_again, train
-from benchmarks.leaderboard_baselines import GRIDS, measure_baselines
+from benchmarks.leaderboard_baselines import measure_baselines
 from benchmarks.leaderboard_files import MODEL, RESULTS, TIME_BLIND, read_results
-from benchmarks.leaderboard_measures import choose_users
 from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, Goal, read_entries
 from benchmarks.leaderboard_table import render
 from benchmarks.published import Events
 from ray_jobs.code_version import code_version
 from ray_jobs.job import load_config
-from recsys.baselines import BASELINES
+from recsys import baseline_search, baselines
+from recsys.baseline_search import GRIDS
 from recsys.catalogue import NUM_SPECIAL
 from recsys.checkpoint import load_checkpoint
 from recsys.context import NO_TIME, ContextConfig
@@ -39,6 +38,7 @@ from recsys.evaluation import rank_targets
 from recsys.item_codes import ItemCodesConfig, learn_codes
 from recsys.recipe import Recipe, read_recipe
 from recsys.scorer import ModelScorer
+from recsys.validation import sample_users
 
 _ENTRY = Entry(
     dataset="circle",
@@ -100,7 +100,7 @@ def _rank(entry, checkpoint, seed=1, **options):
     trainer = make_trainer(entry, dataset, seed)
     load_checkpoint(checkpoint, trainer)
     scorer = ModelScorer(trainer.model, dataset.context.known_at_request_F, **options)
-    users = choose_users(dataset.split.test_U, entry.max_users)
+    users = sample_users(dataset.split.test_U, entry.max_users, seed=0)
     return rank_targets(scorer, dataset.store, users, dataset.split.test_U[users]).ranks_N
 
 
@@ -312,8 +312,9 @@ def test_baselines_are_tuned_on_validation_targets(monkeypatch):
     # Everybody is validated with 5 and tested with 6.
     items = [[1, 2, 5, 6], [3, 4, 5, 6], [1, 4, 5, 6]] * 3
     _offer(monkeypatch, _ENTRY, np.repeat(np.arange(9), 4), np.ravel(items))
-    monkeypatch.setattr(leaderboard_baselines, "BASELINES", {"constant": _Constant})
-    monkeypatch.setattr(leaderboard_baselines, "GRIDS", {"constant": {"item": (4, 5, 6)}})
+    for module in (baselines, baseline_search, leaderboard_baselines):
+        monkeypatch.setattr(module, "BASELINES", {"constant": _Constant})
+    monkeypatch.setattr(baseline_search, "GRIDS", {"constant": {"item": (4, 5, 6)}})
     found = measure_baselines("circle")
     assert [run["settings"] for run in found["tried"]["constant"]] == [
         {"item": 4},
@@ -340,13 +341,6 @@ def test_the_table_names_the_settings_of_tuned_baselines(monkeypatch):
     text = render([found, untuned], {"circle-ce": _ENTRY})
     assert "| | ease |  | " in text
     assert "baselines circle --untuned\n" in text
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_baselines_take_the_settings_of_their_grids(name):
-    defaults = inspect.signature(BASELINES[name]).parameters
-    for setting, values in GRIDS[name].items():
-        assert defaults[setting].default in values
 
 
 def test_the_time_blind_row_is_not_told_of_the_request(paths):

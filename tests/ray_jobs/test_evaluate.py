@@ -22,11 +22,16 @@ from ray_jobs.report import write_report
 from ray_jobs.runs import open_run
 from ray_jobs.sections.models import EvaluateConfig
 from ray_jobs.sections.storage import StorageConfig
+from ray_jobs.targets import choose_targets
 from recsys.artifact import save_model
+from recsys.baseline_search import choose_settings, try_settings
+from recsys.baselines import EASE, Covisitation
 from recsys.context import ContextConfig, ContextEncoder
+from recsys.evaluation import rank_targets
+from recsys.metrics import mean_accuracy
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
-from recsys.splits import SplitConfig
+from recsys.splits import SplitConfig, leave_one_out
 from recsys.targets import TargetsConfig
 
 INGEST = {"events": [{"path": "events", "format": "parquet", "columns": {}}]}
@@ -255,9 +260,7 @@ def test_the_same_seed_evaluates_the_same(tmp_path, shop, evaluated):
 
 def test_a_sample_is_seeded_and_no_larger_than_asked(shop, tmp_path):
     config = pipeline(tmp_path, max_users=7)
-    samples = [
-        evaluate.choose_targets(shop.store, SplitConfig(), shop.catalogue, config) for _ in range(2)
-    ]
+    samples = [choose_targets(shop.store, SplitConfig(), shop.catalogue, config) for _ in range(2)]
     assert len(samples[0].users_N) == 7
     assert samples[0].users_N.tolist() == samples[1].users_N.tolist()
     assert (np.diff(samples[0].users_N) > 0).all()
@@ -429,6 +432,32 @@ def test_ease_is_left_out_of_a_large_catalogue_and_named(tmp_path, shop, monkeyp
     assert evaluation["skipped_baselines"] == {"ease": "40 items; it stops at 39"}
 
 
+def test_baselines_are_tuned_on_validation_targets(tmp_path, shop):
+    names = ("popularity", "covisitation", "ease")
+    config = pipeline(tmp_path, baselines=names, tuned=("covisitation", "als"))
+    evaluation, _ = evaluate.evaluate_run(config, write_run(config, shop), Tokens(shop.store), 1)
+    split = leave_one_out(shop.store.offsets_U)
+    users = np.flatnonzero(split.validation_U >= 0)
+    data = shop.store, split, shop.catalogue.num_rows
+    trials = try_settings("covisitation", *data, users)
+    chosen = choose_settings(trials)
+    assert evaluation["baseline_settings"] == {"covisitation": chosen}
+    assert evaluation["baseline_trials"] == {"covisitation": [one._asdict() for one in trials]}
+    test_users = np.flatnonzero(split.test_U >= 0)
+    targets = test_users, split.test_U[test_users]
+    for name, baseline in (("covisitation", Covisitation(**chosen)), ("ease", EASE())):
+        ranks_N = rank_targets(baseline.fit(*data), shop.store, *targets).ranks_N
+        found = evaluation["rows"][name]["NDCG@10"]["mean"]
+        assert found == pytest.approx(mean_accuracy(ranks_N)["NDCG@10"])
+
+
+def test_settings_that_are_not_there_cannot_be_chosen(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.tuned: there is no popularity; choose"
+    ):
+        evaluate.run(pipeline(tmp_path, tuned=("popularity",)))
+
+
 def test_no_test_event_is_an_error(shop, tmp_path):
     late = SplitConfig(
         kind="temporal-cut",
@@ -436,7 +465,7 @@ def test_no_test_event_is_an_error(shop, tmp_path):
         test_from=datetime(2030, 1, 2, tzinfo=UTC),
     )
     with pytest.raises(JobError, match="No user has a test event under the temporal-cut split"):
-        evaluate.choose_targets(shop.store, late, shop.catalogue, pipeline(tmp_path))
+        choose_targets(shop.store, late, shop.catalogue, pipeline(tmp_path))
 
 
 def test_an_unknown_baseline_is_named_before_anything_is_read(tmp_path):

@@ -106,6 +106,22 @@ def test_every_metric_stands_with_its_interval(report):
     assert "Left out: ease (50,000 items; it stops at 12,000)." in text
 
 
+def test_chosen_settings_are_named(report):
+    trials = [
+        {"settings": {"window": 2, "backward": 0.3}, "ndcg10": 0.2},
+        {"settings": {"window": 5, "backward": 0.3}, "ndcg10": 0.1},
+    ]
+    text, _ = report(
+        baseline_trials={"covisitation": trials},
+        baseline_settings={"covisitation": trials[0]["settings"]},
+    )
+    assert (
+        "Settings of covisitation: window 2, backward 0.3; of 2 on validation targets, whose "
+        "NDCG@10 went from 0.1000 to 0.2000."
+    ) in text
+    assert "Settings of" not in report()[0]
+
+
 def test_one_part_is_no_slicing(report):
     text, pictures = report()
     assert pictures == {"rows", "training", "lists", "slice-segment"}

@@ -11,7 +11,7 @@ import pytest
 
 from recsys.catalogue import Catalogue
 from recsys.context import ContextConfig, ContextEncoder
-from recsys.covisitation import DECAY
+from recsys.covisitation import DECAY, find_neighbours
 from recsys.errors import ArtifactError
 from recsys.fallback import COVISITED, POPULAR, SEGMENTS, Fallback, write_fallback
 from recsys.splits import whole_sequences
@@ -111,6 +111,18 @@ def test_tables_are_bounded(tmp_path, store):
 def test_only_training_events_count(tmp_path, store, hold_out_last):
     write_fallback(tmp_path, store, hold_out_last(store), CATALOGUE, CONTEXT)
     assert {item_id for item_id, _ in Fallback.read(tmp_path).popular()} == {"a", "b", "d"}
+
+
+def test_neighbours_are_counted_as_is_asked(tmp_path, store):
+    tables = []
+    for name, settings in (("usual", None), ("ahead", {"window": 1, "backward": 0.0})):
+        write(tmp_path / name, store, covisitation=settings)
+        tables.append(pq.read_table(tmp_path / name / COVISITED))
+    usual, ahead = tables
+    split = whole_sequences(store.offsets_U)
+    expected = find_neighbours(store, split, CATALOGUE.num_rows, limit=50, window=1, backward=0)
+    assert ahead["score"].to_pylist() == pytest.approx(expected.data.tolist())
+    assert not ahead.equals(usual)
 
 
 def test_without_a_segment_field_there_are_no_segments(tmp_path, store):
