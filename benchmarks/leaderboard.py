@@ -37,7 +37,7 @@ from benchmarks.published import DATASETS, Dataset, read_dataset
 from ray_jobs.code_version import code_version
 from recsys.attributes import AttributeEncoder
 from recsys.checkpoint import load_checkpoint, save_checkpoint
-from recsys.item_codes import agree_on_codes
+from recsys.item_start import prepare_items
 from recsys.item_table import ItemFeatures
 from recsys.model import NextItemModel
 from recsys.recipe import read_recipe
@@ -137,9 +137,8 @@ def make_trainer(entry: Entry, dataset: Dataset, seed: int) -> Trainer:
     num_rows, sizes = dataset.catalogue.num_rows, dataset.context.sizes
     model = NextItemModel(recipe.model, num_rows, sizes, features)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if recipe.model.item_codes is not None:
-        events = dataset.store, dataset.split, dataset.catalogue
-        model.load_codes(agree_on_codes(recipe.model.item_codes, *events, seed=seed, device=device))
+    events = dataset.store, dataset.split, dataset.catalogue
+    prepare_items(model, recipe, *events, seed=seed, device=device)
     config = TrainerConfig(
         max_epochs=entry.max_epochs, patience=entry.patience, validation_users=entry.max_users
     )

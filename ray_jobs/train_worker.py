@@ -20,7 +20,7 @@ from ray_jobs.sequences_reader import Vocabulary, collect_tokens
 from ray_jobs.start_weights import StartWeights
 from recsys.checkpoint import Saved, read_checkpoint, restore, save_checkpoint
 from recsys.errors import CheckpointError, TrainingError
-from recsys.item_codes import agree_on_codes
+from recsys.item_start import prepare_items
 from recsys.memory_advice import refuse_what_cannot_fit
 from recsys.memory_plan import Workload
 from recsys.out_of_memory import explain_out_of_memory
@@ -85,7 +85,7 @@ def train_worker(plan_parts: Mapping[str, Any]) -> dict[str, str]:
         with explain_out_of_memory(
             f"Worker {rank} ran out of memory before its first step", "train a smaller model"
         ):
-            trainer = build_trainer(plan, store, learns_codes=not checkpoints)
+            trainer = build_trainer(plan, store, is_new=not checkpoints)
             resume_from(checkpoints, trainer)
         _train(trainer, plan.config.train.trainer.max_minutes)
     except TrainingError as error:
@@ -97,12 +97,12 @@ def build_trainer(
     plan: WorkerPlan,
     store: TokenStore,
     *,
-    learns_codes: bool = True,
+    is_new: bool = True,
     device: torch.device | None = None,
 ) -> Trainer:
-    """A trainer at its start, on this worker's device unless another one is given. A checkpoint,
-    like the weights of a start, brings item codes along: then nobody learns them. Raises:
-    TrainingError.
+    """A trainer at its start, on this worker's device unless another one is given. What a
+    checkpoint or the weights of a start bring along, item codes among it, is not learned first:
+    `is_new` says that there is no checkpoint. Raises: TrainingError.
     """
     config, context, catalogue = plan.config, plan.vocabulary.context, plan.vocabulary.catalogue
     # The same seed on every rank: all start from the same weights.
@@ -111,11 +111,11 @@ def build_trainer(
     if plan.start is not None:
         model.load_state_dict(plan.start.read())
     targets = find_targets(config.train.targets, context)
-    split, codes = plan.split(store), plan.recipe.model.item_codes
+    split = plan.split(store)
     device = get_device() if device is None else device
-    if codes is not None and learns_codes and plan.start is None:
-        seed = config.seed
-        model.load_codes(agree_on_codes(codes, store, split, catalogue, seed=seed, device=device))
+    if is_new and plan.start is None:
+        data = store, split, catalogue
+        prepare_items(model, plan.recipe, *data, seed=config.seed, device=device)
     return Trainer(
         plan.recipe,
         config.train.trainer,

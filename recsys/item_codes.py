@@ -8,17 +8,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from recsys.attributes import AttributeEncoder, AttributesConfig
 from recsys.catalogue import Catalogue
 from recsys.interactions import blocks_of, history_matrix
+from recsys.ranks import agree_on
 from recsys.splits import Split
+from recsys.subspace import leading_eigenvectors
 from recsys.tokens import TokenStore
 
-_OVERSAMPLING = 8
 _ITERATIONS = 4
 _EVENTS_PER_BLOCK = 2**22
 """A block of so many takes about 300 MB."""
@@ -91,14 +91,11 @@ def agree_on_codes(
     device: torch.device,
 ) -> Tensor:
     """`learn_codes` by the first rank, which gives them to the others: every rank calls this."""
-    if not torch.distributed.is_initialized():
-        return torch.from_numpy(learn_codes(config, store, split, catalogue, seed=seed))
-    codes_IC = torch.zeros(catalogue.num_rows, config.length, dtype=torch.uint8, device=device)
-    if torch.distributed.get_rank() == 0:
-        learned = learn_codes(config, store, split, catalogue, seed=seed)
-        codes_IC = torch.from_numpy(learned).to(device)
-    torch.distributed.broadcast(codes_IC, src=0)
-    return codes_IC
+    return agree_on(
+        lambda: torch.from_numpy(learn_codes(config, store, split, catalogue, seed=seed)),
+        torch.zeros(catalogue.num_rows, config.length, dtype=torch.uint8),
+        device,
+    )
 
 
 def factor_items(
@@ -107,18 +104,17 @@ def factor_items(
     """The leading right singular vectors of "which user had which item in training", one a column,
     fp32 `[I, num_factors]`, the strongest first; fewer columns where there are fewer rows.
 
-    By subspace iteration on the product of the matrix with itself (Halko et al., 2011,
-    doi:10.1137/090771806): five passes over the events, block by block, so that memory is that of
-    a few arrays of `num_factors + 8` numbers an item and one block, whatever the number of users.
+    By subspace iteration on the product of the matrix with itself: five passes over the events,
+    block by block, so that memory is that of a few arrays of `num_factors + 8` numbers an item and
+    one block, whatever the number of users.
     """
-    width = min(num_factors + _OVERSAMPLING, num_rows)
-    basis = rng.standard_normal((num_rows, width), dtype=np.float32)
-    for _ in range(_ITERATIONS):
-        basis, _ = np.linalg.qr(_cooccur(store, split, basis))
-    _, rotation = np.linalg.eigh(basis.T @ _cooccur(store, split, basis))
-    strongest_first = rotation[:, ::-1][:, :num_factors]
-    factors: np.ndarray = basis @ strongest_first
-    return factors
+    return leading_eigenvectors(
+        lambda basis: _cooccur(store, split, basis),
+        num_rows,
+        num_factors,
+        rng,
+        iterations=_ITERATIONS,
+    )
 
 
 def _cooccur(store: TokenStore, split: Split, basis: np.ndarray) -> np.ndarray:

@@ -30,6 +30,10 @@ from recsys.packing import Packed, can_pack, pack
 from recsys.randomness import Noise
 from recsys.touched_rows import TouchedRows
 
+_INITIAL_STD = 0.02
+_START_LENGTH = 3
+"""How many times as long as random item vectors are those that begin elsewhere."""
+
 
 class ContextEmbedding(nn.Module):
     """Sum of one embedding a field; the unknown code of a field is a vector of its own, which adds
@@ -131,6 +135,17 @@ class NextItemModel(nn.Module):
         for table in self._tables:
             if isinstance(table, CodedTable):
                 table.load_codes(codes_IC)
+
+    def start_items(self, directions_ID: Tensor) -> None:
+        """Item vectors begin in these directions, of length 1 or 0 each; rows of zeros stay at
+        random. Longer than random ones by `_START_LENGTH`, they are not lost in the first steps.
+        """
+        is_known_I = directions_ID.any(dim=1)
+        length = _START_LENGTH * _INITIAL_STD * self.config.dim**0.5
+        for table in self._tables:
+            if isinstance(table, ItemTable):
+                with torch.no_grad():
+                    table.weight[is_known_I] = length * directions_ID[is_known_I].to(table.weight)
 
     @property
     def lacks_codes(self) -> bool:
@@ -305,7 +320,7 @@ def append_request(
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=_INITIAL_STD)
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

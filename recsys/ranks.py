@@ -1,5 +1,6 @@
 """What the ranks of a training tell each other; alone, each answers itself."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -21,6 +22,18 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return cast(list[float], sums.tolist())
+
+
+def agree_on(learn: Callable[[], Tensor], empty: Tensor, device: torch.device) -> Tensor:
+    """What the first rank learns, which the others receive; every rank calls it.
+
+    Of `empty` shape and type are those of what is learned.
+    """
+    if not dist.is_initialized():
+        return learn()
+    agreed = (learn() if dist.get_rank() == 0 else empty).to(device)
+    dist.broadcast(agreed, src=0)
+    return agreed
 
 
 def gather_rows(rows_RN: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import tomllib
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,6 +29,10 @@ class Recipe(BaseModel):
     optimiser: OptimiserConfig = OptimiserConfig()
     batch_size: int = Field(256, ge=1)
     """Windows in a global batch, over all workers."""
+    item_start: Literal["random", "spectral"] = "random"
+    """spectral: vectors of items begin near one another where the items stand near one another in
+    training, see `recsys.item_start`. Sparse logs gain much. A model that begins with published
+    weights (`train.start`) keeps those."""
 
     @model_validator(mode="after")
     def _full_softmax_looks_at_all(self) -> "Recipe":
@@ -36,6 +40,15 @@ class Recipe(BaseModel):
             raise ValueError(
                 "a full softmax looks at every item; set optimiser.item_rows to all, or loss.kind "
                 "to sampled-softmax"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codes_start_by_themselves(self) -> "Recipe":
+        if self.model.item_codes is not None and self.item_start != "random":
+            raise ValueError(
+                "items with model.item_codes have no vectors of their own that could begin "
+                "anywhere; leave item_start out"
             )
         return self
 

@@ -452,9 +452,7 @@ def test_baselines_are_tuned_on_validation_targets(tmp_path, shop):
 
 
 def test_settings_that_are_not_there_cannot_be_chosen(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"evaluate\.tuned: there is no popularity; choose"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluate\.tuned: there is no popularity; choose"):
         evaluate.run(pipeline(tmp_path, tuned=("popularity",)))
 
 
