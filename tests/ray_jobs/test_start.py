@@ -190,16 +190,20 @@ def test_a_worker_takes_the_start_and_a_later_one_the_checkpoint(
     weights = found.write(tmp_path, vocabulary, seed=0)
     monkeypatch.setattr(train_worker, "get_device", lambda: torch.device("cpu"))
 
+    # The vectors of the version are kept, wherever those of a new model would begin.
+    recipe = recipe.model_copy(update={"item_start": "spectral"})
     plan = train_worker.WorkerPlan(config, recipe, vocabulary, None, weights)
     trainer = train_worker.build_trainer(plan, shop.store)
-    assert torch.equal(trainer.model.item_bias, found.artifact.load_model().item_bias)
+    published = found.artifact.load_model()
+    assert torch.equal(trainer.model.item_bias, published.item_bias)
+    assert torch.equal(trainer.model.items.weight, published.items.weight)
 
     trainer.epoch = config.train.trainer.max_epochs  # nothing is left to do
     with torch.no_grad():
         trainer.model.item_bias.fill_(7)
     save_checkpoint(tmp_path / "checkpoint", trainer)
     checkpoint = Checkpoint.from_directory(tmp_path / "checkpoint")
-    later = train_worker.build_trainer(plan, shop.store, learns_codes=False)
+    later = train_worker.build_trainer(plan, shop.store, is_new=False)
     train_worker.resume_from([checkpoint], later)
     assert later.epoch == trainer.epoch
     assert (later.model.item_bias == 7).all()

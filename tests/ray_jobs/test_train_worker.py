@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from ray_jobs.train_worker import WorkerPlan, build_trainer, resume_from
 from recsys.checkpoint import save_checkpoint
 from recsys.errors import TrainingError
 from recsys.item_codes import learn_codes
+from recsys.item_start import spectral_vectors
 from recsys.recipe import read_recipe
 from recsys.splits import leave_one_out
 from tests.ray_jobs.conftest import tiny_config
@@ -175,12 +177,27 @@ def test_item_codes_are_learned_once_and_then_come_with_the_checkpoint(worker, s
     codes, split = plan.recipe.model.item_codes, leave_one_out(shop.store.offsets_U)
     seed = plan.config.seed
     learned, resumed = (
-        build_trainer(plan, shop.store, learns_codes=learns).model.items.codes
-        for learns in (True, False)
+        build_trainer(plan, shop.store, is_new=is_new).model.items.codes for is_new in (True, False)
     )
     expected = learn_codes(codes, shop.store, split, shop.catalogue, seed=seed)
     assert np.array_equal(learned.numpy(), expected)
     assert not torch.equal(resumed, learned)
+
+
+def test_items_of_a_new_training_begin_where_its_recipe_says(worker, shop):
+    plan = worker.plan()
+    plan = replace(plan, recipe=plan.recipe.model_copy(update={"item_start": "spectral"}))
+    new, resumed = (
+        build_trainer(plan, shop.store, is_new=is_new).model.items.weight.detach()
+        for is_new in (True, False)
+    )
+    split, seed = leave_one_out(shop.store.offsets_U), plan.config.seed
+    sizes = shop.catalogue.num_rows, plan.recipe.model.dim
+    directions_ID = torch.from_numpy(spectral_vectors(shop.store, split, *sizes, seed=seed))
+    is_known_I = directions_ID.any(dim=1)
+    lengths_I = new.norm(dim=1, keepdim=True)
+    assert torch.allclose((new / lengths_I)[is_known_I], directions_ID[is_known_I], atol=1e-5)
+    assert not torch.allclose(new, resumed, atol=1e-2)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, caplog):

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from recsys.attributes import ItemCodes
 from recsys.catalogue import NUM_SPECIAL
 from recsys.item_table import ItemFeatures
-from recsys.ranks import gather_lists, gather_rows, sum_over_ranks
+from recsys.ranks import agree_on, gather_lists, gather_rows, sum_over_ranks
 from tests.recsys.processes import join_ranks, leave_ranks
 from tests.recsys.test_trainer import (
     NUM_ROWS,
@@ -110,6 +110,7 @@ def run_rank(rank, world_size, folder):
     told = {
         "sums": sum_over_ranks([float(rank), 1.0], torch.device("cpu")),
         "rows": gather_rows(torch.full((2, 2), rank)).tolist(),
+        "agreed": agree_on(lambda: own.float() + 5, torch.zeros(1), torch.device("cpu")).tolist(),
         "lists": gather_lists(own, [number + 1 for number in range(world_size)]).tolist(),
     }
     told |= {name: train(name) for name in _CASES}
@@ -128,6 +129,7 @@ def test_ranks_tell_each_other_sums_rows_and_lists(three_ranks):
     for told in three_ranks:
         assert told["sums"] == [3, 3]
         assert told["rows"] == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
+        assert told["agreed"] == [5]
         assert told["lists"] == [0, 10, 11, 20, 21, 22]
 
 
