@@ -1,5 +1,6 @@
 """Item tables of large catalogues, in full and put together from codes (RecJPQ): bytes, memory, the
-seconds that learning the codes takes, and those from a state to the 100 best items, on a CPU.
+seconds that learning the codes and a spectral start take, and those from a state to the 100 best
+items, on a CPU.
 
     python -m benchmarks.large_catalogues
     python -m benchmarks.large_catalogues --items 2_000_000 --dim 256
@@ -32,6 +33,7 @@ from benchmarks.measure import PeakMemory, machine
 from recsys.catalogue import NUM_SPECIAL, Catalogue
 from recsys.interactions import training_counts
 from recsys.item_codes import ItemCodesConfig, learn_codes
+from recsys.item_start import spectral_vectors
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.splits import whole_sequences
@@ -64,17 +66,14 @@ def learn(case: Case) -> dict[str, Any]:
     counts_I = training_counts(store, split, case.items + NUM_SPECIAL)
     catalogue = Catalogue.build(pa.array(np.arange(case.items)), counts_I[NUM_SPECIAL:], None)
     config = ItemCodesConfig(length=case.length)
-    with PeakMemory() as before:
-        pass
-    with PeakMemory() as memory:
-        started = time.perf_counter()
-        learn_codes(config, store, split, catalogue, seed=0)
-        seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "held_bytes": before.peak_bytes,
-        "peak_bytes": memory.peak_bytes,
-    }
+    return _watch(lambda: learn_codes(config, store, split, catalogue, seed=0))
+
+
+def start(case: Case) -> dict[str, Any]:
+    """Seconds and memory of the vectors of a spectral start, in this process."""
+    store = draw_store(case.size)
+    split, num_rows = whole_sequences(store.offsets_U), case.items + NUM_SPECIAL
+    return _watch(lambda: spectral_vectors(store, split, num_rows, case.dim, seed=0))
 
 
 def score_in_full(case: Case) -> dict[str, Any]:
@@ -89,6 +88,7 @@ def score_by_codes(case: Case) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "learn": learn,
+    "start": start,
     "full": score_in_full,
     "codes": score_by_codes,
 }
@@ -133,7 +133,16 @@ def render(case: Case, found: dict[str, dict[str, Any]]) -> str:
         for name, part in (("in full", "full"), (f"{case.length} codes an item", "codes"))
     ]
     batches = " | ".join(f"{batch} at once, ms (range)" for batch in BATCHES)
-    learned, size = found["learn"], case.size
+    size = case.size
+    prepared = (
+        f"{name} {found[part]['seconds']:.0f} s, the process holding "
+        f"{found[part]['held_bytes'] / 2**30:.2f} GiB before and "
+        f"{found[part]['peak_bytes'] / 2**30:.2f} GiB at its peak"
+        for name, part in (
+            ("learning the codes takes", "learn"),
+            (f"a spectral start of width {case.dim}", "start"),
+        )
+    )
     text = [
         f"# {case.items:,} items in full and by codes",
         "",
@@ -147,11 +156,24 @@ def render(case: Case, found: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|" + "---|" * len(BATCHES),
         *rows,
         "",
-        f"Learning the codes from {size.users * size.events:,} events of {size.users:,} users took "
-        f"{learned['seconds']:.0f} s; the process held {learned['held_bytes'] / 2**30:.2f} GiB "
-        f"before and {learned['peak_bytes'] / 2**30:.2f} GiB at its peak.",
+        f"From {size.users * size.events:,} events of {size.users:,} users:",
+        f"{'; '.join(prepared)}.",
     ]
     return "\n".join(text) + "\n"
+
+
+def _watch(prepare: Callable[[], object]) -> dict[str, Any]:
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        prepare()
+        seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "held_bytes": before.peak_bytes,
+        "peak_bytes": memory.peak_bytes,
+    }
 
 
 def _score(case: Case, codes: ItemCodesConfig | None) -> dict[str, Any]:

@@ -18,4 +18,6 @@ def test_every_part_is_in_the_report():
     text = render(_CASE, json.loads(json.dumps(found)))
     assert "| in full | 12,928 |" in text
     assert "| 4 codes an item | 17,192 |" in text
-    assert "from 20,000 events of 1,000 users" in text
+    assert "From 20,000 events of 1,000 users:" in text
+    for name in ("learning the codes takes", "a spectral start of width 16"):
+        assert f"{name} 0 s, the process holding " in text
