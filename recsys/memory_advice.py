@@ -101,7 +101,8 @@ def _choices(recipe: Recipe, workload: Workload) -> dict[str, list[Any]]:
     # As many as there are windows in a worker's part of each of these sizes.
     most_parts = [size // workload.num_workers for size in (batch_size, *batch_sizes)]
     lengths = [n for n in (8, 4, 2) if recipe.model.dim % n == 0]
-    can_code = recipe.model.item_codes is None and not workload.has_weights
+    has_vectors = recipe.model.item_codes is None and recipe.item_start == "random"
+    can_code = has_vectors and not workload.has_weights
     choices: dict[str, list[Any]] = {
         _MICRO_BATCHES: _doubled(workload.micro_batches, most_parts),
         f"{_RECIPE}loss.block_size": [n for n in (16, 4, 1) if n < (loss.block_size or 64)]

@@ -232,7 +232,7 @@ def test_a_dry_run_shows_the_version(configure, root, capsys):
     )
     shown = json.loads(capsys.readouterr().out)
     assert shown["started_from"]["version"] == "v1"
-    assert shown["train"]["recipe"] == "bert4rec"
+    assert shown["train"]["recipe"] == "time-aware"
     assert train.preview(load_config("synthetic")) == {}
 
 

@@ -241,7 +241,8 @@ def test_a_run_for_purchases_is_trained_and_evaluated_on_purchases(tmp_path, tin
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_with_item_codes_has_them_in_its_weights(tmp_path, tiny_lake):
     codes = '{length=4, num_values=16, source="attributes", attributes={categorical=["category"]}}'
-    config = tiny_lake(tmp_path, f"train.overrides.model.item_codes={codes}")
+    start = 'train.overrides.item_start="random"'
+    config = tiny_lake(tmp_path, start, f"train.overrides.model.item_codes={codes}")
     train.run(config)
     evaluate.run(config)
 

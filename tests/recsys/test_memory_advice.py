@@ -111,6 +111,13 @@ def test_a_model_that_has_weights_keeps_its_vectors():
     assert not any("train.overrides.model.item_codes" in one.settings for one in found)
 
 
+def test_codes_are_not_advised_to_items_whose_own_vectors_begin_somewhere():
+    recipe = read_recipe("sasrec-ce", {**_WIDE, "item_start": "spectral"})
+    found = suggest_settings(recipe, _LARGE, 8 * 10**9)
+    assert found
+    assert not any("train.overrides.model.item_codes" in one.settings for one in found)
+
+
 def test_that_nothing_fits_is_said_with_what_would_be_needed_at_least():
     recipe = read_recipe("sasrec-ce", _WIDE)
     with pytest.raises(TrainingError, match="use a larger device or a smaller model") as refused:
