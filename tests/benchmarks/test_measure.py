@@ -104,6 +104,8 @@ def test_workers_and_the_object_store_of_ray_are_told_apart(ray_cluster):
         time.sleep(2)
         return int(mine.sum() + block.sum())
 
+    # Every worker has started and imported what it needs before memory is compared.
+    ray.get([hold.remote(np.ones(1, np.int8)) for _ in range(2)])
     with PeakMemory() as before:
         pass
     block = ray.put(np.ones(150 * MB, np.int8))
