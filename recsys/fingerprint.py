@@ -32,7 +32,12 @@ def take_fingerprint(
 
 
 def refuse_another(began: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises: ValueError that names what differs."""
+    """Raises: ValueError that names what differs. A setting of the recipe that is newer than the
+    training was at its default there.
+    """
+    defaults = _flatten(Recipe(name="").model_dump(mode="json"))
+    newer = now.keys() - began.keys()
+    began = began | {name: defaults[name] for name in newer if name in defaults}
     changes = [
         f"{name} was {began.get(name)} and is {now.get(name)}"
         for name in sorted(began.keys() | now.keys())

@@ -15,11 +15,13 @@ def leading_eigenvectors(
     *,
     iterations: int = 8,
 ) -> np.ndarray:
-    """Those of the largest eigenvalues, one a column, fp32 `[num_rows, num_vectors]`, the strongest
-    first; fewer columns where there are fewer rows.
+    """About those of the largest eigenvalues, one a column, fp32 `[num_rows, num_vectors]`, the
+    strongest first; fewer columns where there are fewer rows.
 
     By subspace iteration (Halko et al., 2011, doi:10.1137/090771806) on a matrix without negative
-    eigenvalues: `iterations + 1` products with a basis of `num_vectors + 8` columns.
+    eigenvalues: `iterations + 1` products with a basis of `num_vectors + 8` columns. The closer the
+    eigenvalues beyond are to the last one that is wanted, the more of theirs is left in the last
+    columns.
     """
     width = min(num_vectors + _OVERSAMPLING, num_rows)
     basis = rng.standard_normal((num_rows, width), dtype=np.float32)
