@@ -14,13 +14,13 @@ from torch import Tensor
 
 from recsys.catalogue import Catalogue
 from recsys.covisitation import find_neighbours
+from recsys.eigenvectors import leading_eigenvectors
 from recsys.interactions import training_positions
 from recsys.item_codes import agree_on_codes
 from recsys.model import NextItemModel
 from recsys.ranks import agree_on
 from recsys.recipe import Recipe
 from recsys.splits import Split
-from recsys.subspace import leading_eigenvectors
 from recsys.tokens import TokenStore
 
 _NEIGHBOURS = 100
@@ -68,10 +68,7 @@ def spectral_vectors(
     A catalogue with fewer rows than `dim` leaves the last columns zero.
     """
     graph_II = _normalised_graph(store, split, num_rows)
-    # Eigenvalues lie between -1 and 1; moved up by one the largest are those of largest size.
-    vectors_IE = leading_eigenvectors(
-        lambda basis: graph_II @ basis + basis, num_rows, dim, np.random.default_rng(seed)
-    )
+    vectors_IE = leading_eigenvectors(graph_II, dim, np.random.default_rng(seed))
     vectors_ID = np.zeros((num_rows, dim), np.float32)
     vectors_ID[:, : vectors_IE.shape[1]] = vectors_IE
     vectors_ID[np.diff(graph_II.indptr) == 0] = 0

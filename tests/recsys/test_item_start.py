@@ -12,7 +12,6 @@ from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.recipe import Recipe, read_recipe
 from recsys.splits import leave_one_out
-from recsys.subspace import leading_eigenvectors
 from recsys.trainer import Trainer, TrainerConfig
 
 NUM_ITEMS = 21
@@ -28,16 +27,6 @@ def halves(make_store, hold_out_last):
     rng = np.random.default_rng(0)
     store = make_store([(rng.permutation(10)[:6] + 10 * (user % 2)) for user in range(100)])
     return store, hold_out_last(store)
-
-
-def test_the_leading_eigenvectors_are_those_of_the_whole_matrix():
-    rng = np.random.default_rng(0)
-    basis, _ = np.linalg.qr(rng.standard_normal((40, 40)))
-    values = np.array([9, 7, 5, *np.linspace(1, 0, 37)])
-    matrix = ((basis * values) @ basis.T).astype(np.float32)
-    found = leading_eigenvectors(lambda other: matrix @ other, 40, 3, rng)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(np.abs(found.T @ basis[:, :3]), np.eye(3), atol=1e-3)
 
 
 def test_items_of_a_half_lie_together(halves):
