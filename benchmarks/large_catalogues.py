@@ -38,6 +38,7 @@ from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
 from recsys.splits import whole_sequences
 
+CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"
 USERS_PER_ITEM = 5
 EVENTS_PER_USER = 20
@@ -73,7 +74,7 @@ def start(case: Case) -> dict[str, Any]:
     """Seconds and memory of the vectors of a spectral start, in this process."""
     store = draw_store(case.size)
     split, num_rows = whole_sequences(store.offsets_U), case.items + NUM_SPECIAL
-    return _watch(lambda: spectral_vectors(store, split, num_rows, case.dim, seed=0))
+    return _watch(lambda: spectral_vectors(store, split, num_rows, case.dim, seed=0, device=CPU))
 
 
 def score_in_full(case: Case) -> dict[str, Any]:

@@ -79,12 +79,21 @@ def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 def keep_best(matrix: sparse.csr_array, limit: int) -> sparse.csr_array:
     """The `limit` largest entries of each row, largest first; of equal ones the lower column."""
-    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((matrix.indices, -matrix.data, rows))
-    places = np.arange(len(rows)) - matrix.indptr[rows]
+    counts = np.diff(matrix.indptr)
+    rows = np.repeat(np.arange(matrix.shape[0]), counts)
+    # Few entries of a long row are worth sorting: those that reach its `limit`-th.
+    least = np.full(matrix.shape[0], -np.inf, matrix.dtype)
+    for row in np.flatnonzero(counts > limit):
+        entries = matrix.data[matrix.indptr[row] : matrix.indptr[row + 1]]
+        least[row] = np.partition(entries, -limit)[-limit]
+    candidates = np.flatnonzero(matrix.data >= least[rows])
+    rows, data, columns = rows[candidates], matrix.data[candidates], matrix.indices[candidates]
+    order = np.lexsort((columns, -data, rows))
+    ends = np.cumsum(np.bincount(rows, minlength=matrix.shape[0]))
+    places = np.arange(len(rows)) - np.concatenate([[0], ends])[rows]
     kept = order[places < limit]
-    indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(matrix.indptr), limit))])
-    return sparse.csr_array((matrix.data[kept], matrix.indices[kept], indptr), shape=matrix.shape)
+    indptr = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))])
+    return sparse.csr_array((data[kept], columns[kept], indptr), shape=matrix.shape)
 
 
 def blocks_of(work_I: np.ndarray, budget: float) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.nn import functional as F
 
 from recsys.catalogue import Catalogue
 from recsys.covisitation import find_neighbours
@@ -32,7 +33,7 @@ def agree_on_vectors(
 ) -> Tensor:
     """`spectral_vectors` by the first rank, which gives them to the others: every rank calls it."""
     return agree_on(
-        lambda: torch.from_numpy(spectral_vectors(store, split, num_rows, dim, seed=seed)),
+        lambda: spectral_vectors(store, split, num_rows, dim, seed=seed, device=device),
         torch.zeros(num_rows, dim),
         device,
     )
@@ -60,21 +61,18 @@ def prepare_items(
 
 
 def spectral_vectors(
-    store: TokenStore, split: Split, num_rows: int, dim: int, *, seed: int
-) -> np.ndarray:
+    store: TokenStore, split: Split, num_rows: int, dim: int, *, seed: int, device: torch.device
+) -> Tensor:
     """Directions of length 1, fp32 `[I, D]`, near one another for items that stand near one another
     in training; zero for items without a neighbour, as new ones are.
 
     A catalogue with fewer rows than `dim` leaves the last columns zero.
     """
     graph_II = _normalised_graph(store, split, num_rows)
-    vectors_IE = leading_eigenvectors(graph_II, dim, np.random.default_rng(seed))
-    vectors_ID = np.zeros((num_rows, dim), np.float32)
-    vectors_ID[:, : vectors_IE.shape[1]] = vectors_IE
-    vectors_ID[np.diff(graph_II.indptr) == 0] = 0
-    lengths_I = np.linalg.norm(vectors_ID, axis=1)
-    vectors_ID[lengths_I > 0] /= lengths_I[lengths_I > 0, None]
-    return vectors_ID
+    vectors_IE = leading_eigenvectors(graph_II, dim, seed=seed, device=device)
+    vectors_IE[torch.from_numpy(np.diff(graph_II.indptr) == 0).to(device)] = 0
+    directions_IE = F.normalize(vectors_IE, dim=1)
+    return F.pad(directions_IE, (0, dim - directions_IE.shape[1]))
 
 
 def _normalised_graph(store: TokenStore, split: Split, num_rows: int) -> sparse.csr_array:
@@ -84,9 +82,9 @@ def _normalised_graph(store: TokenStore, split: Split, num_rows: int) -> sparse.
     counts_I = np.bincount(items_T, minlength=num_rows).astype(np.float32)
     # A share is of an item's own events; the weight of a pair is the same from both ends.
     weights_II = sparse.diags_array(counts_I, dtype=np.float32) @ shares_II
-    weights_II = (weights_II + weights_II.T) / 2
+    weights_II = weights_II + weights_II.T
     degrees_I = np.asarray(weights_II.sum(axis=1)).ravel()
     mean = degrees_I[degrees_I > 0].mean() if degrees_I.any() else 1.0
-    scale = sparse.diags_array((1 / np.sqrt(degrees_I + mean)).astype(np.float32))
+    scale = sparse.diags_array(1 / np.sqrt(degrees_I + mean), dtype=np.float32)
     graph_II: sparse.csr_array = (scale @ weights_II @ scale).tocsr()
     return graph_II

@@ -140,12 +140,13 @@ class NextItemModel(nn.Module):
         """Item vectors begin in these directions, of length 1 or 0 each; rows of zeros stay at
         random. Longer than random ones by `_START_LENGTH`, they are not lost in the first steps.
         """
-        is_known_I = directions_ID.any(dim=1)
         length = _START_LENGTH * _INITIAL_STD * self.config.dim**0.5
         for table in self._tables:
             if isinstance(table, ItemTable):
+                start_ID = directions_ID.to(table.weight)
+                is_known_I = start_ID.any(dim=1)
                 with torch.no_grad():
-                    table.weight[is_known_I] = length * directions_ID[is_known_I].to(table.weight)
+                    table.weight[is_known_I] = length * start_ID[is_known_I]
 
     @property
     def lacks_codes(self) -> bool:

@@ -193,7 +193,8 @@ def test_items_of_a_new_training_begin_where_its_recipe_says(worker, shop):
     )
     split, seed = leave_one_out(shop.store.offsets_U), plan.config.seed
     sizes = shop.catalogue.num_rows, plan.recipe.model.dim
-    directions_ID = torch.from_numpy(spectral_vectors(shop.store, split, *sizes, seed=seed))
+    cpu = torch.device("cpu")
+    directions_ID = spectral_vectors(shop.store, split, *sizes, seed=seed, device=cpu)
     is_known_I = directions_ID.any(dim=1)
     lengths_I = new.norm(dim=1, keepdim=True)
     assert torch.allclose((new / lengths_I)[is_known_I], directions_ID[is_known_I], atol=1e-5)

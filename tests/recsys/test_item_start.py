@@ -29,8 +29,12 @@ def halves(make_store, hold_out_last):
     return store, hold_out_last(store)
 
 
+def directions_of(store, split, num_rows, dim, seed):
+    return spectral_vectors(store, split, num_rows, dim, seed=seed, device=CPU).numpy()
+
+
 def test_items_of_a_half_lie_together(halves):
-    vectors_ID = spectral_vectors(*halves, NUM_ROWS, 2, seed=0)[NUM_SPECIAL:]
+    vectors_ID = directions_of(*halves, NUM_ROWS, 2, seed=0)[NUM_SPECIAL:]
     assert vectors_ID.dtype == np.float32
     cosines_II = vectors_ID[:20] @ vectors_ID[:20].T
     same_II = np.arange(20)[:, None] // 10 == np.arange(20) // 10
@@ -39,7 +43,7 @@ def test_items_of_a_half_lie_together(halves):
 
 
 def test_vectors_have_length_one_where_there_are_neighbours(halves):
-    vectors_ID = spectral_vectors(*halves, NUM_ROWS, 8, seed=0)
+    vectors_ID = directions_of(*halves, NUM_ROWS, 8, seed=0)
     lengths_I = np.linalg.norm(vectors_ID, axis=1)
     np.testing.assert_allclose(lengths_I[NUM_SPECIAL:-1], 1, rtol=1e-5)
     # Padding, mask, and the item that nobody has.
@@ -53,7 +57,7 @@ def test_small_islands_do_not_take_the_directions(make_store, hold_out_last):
     crowds = [rng.permutation(10)[:8] + 10 * (user % 2) for user in range(100)]
     pairs = [[20 + 2 * pair, 21 + 2 * pair, 0] for pair in range(10)]
     store = make_store([*crowds, *pairs])
-    vectors_ID = spectral_vectors(store, hold_out_last(store), 42, 2, seed=0)[NUM_SPECIAL:]
+    vectors_ID = directions_of(store, hold_out_last(store), 42, 2, seed=0)[NUM_SPECIAL:]
     cosines_II = vectors_ID[:20] @ vectors_ID[:20].T
     assert np.abs(cosines_II[:10, 10:]).max() < 0.1
     assert cosines_II[:10, :10].min() > 0.9
@@ -62,18 +66,18 @@ def test_small_islands_do_not_take_the_directions(make_store, hold_out_last):
 def test_held_out_events_are_not_read(make_store, hold_out_last):
     sequences = [[user % 10, (user + 1) % 10, (user + 2) % 10] for user in range(40)]
     one, other = (make_store([[*row, last] for row in sequences]) for last in (10, 11))
-    found = [spectral_vectors(s, hold_out_last(s), 14, 4, seed=0) for s in (one, other)]
+    found = [directions_of(s, hold_out_last(s), 14, 4, seed=0) for s in (one, other)]
     assert np.array_equal(*found)
 
 
 def test_a_seed_gives_the_same_vectors(halves):
-    first, again = (spectral_vectors(*halves, NUM_ROWS, 8, seed=3) for _ in range(2))
+    first, again = (directions_of(*halves, NUM_ROWS, 8, seed=3) for _ in range(2))
     assert np.array_equal(first, again)
 
 
 def test_a_small_catalogue_leaves_columns_empty(make_store, hold_out_last):
     store = make_store([[0, 1, 2], [1, 0, 2]])
-    vectors_ID = spectral_vectors(store, hold_out_last(store), 5, 8, seed=0)
+    vectors_ID = directions_of(store, hold_out_last(store), 5, 8, seed=0)
     assert vectors_ID.shape == (5, 8)
     assert not vectors_ID[:, 5:].any()
     assert np.isfinite(vectors_ID).all()
@@ -81,7 +85,7 @@ def test_a_small_catalogue_leaves_columns_empty(make_store, hold_out_last):
 
 def test_a_log_without_neighbours_starts_at_random(make_store, hold_out_last):
     store = make_store([[0, 1], [1, 0]])
-    assert not spectral_vectors(store, hold_out_last(store), 4, 8, seed=0).any()
+    assert not directions_of(store, hold_out_last(store), 4, 8, seed=0).any()
 
 
 @pytest.mark.parametrize("separate_output", [False, True])
@@ -94,7 +98,7 @@ def test_models_begin_with_the_vectors(halves, separate_output):
     catalogue = Catalogue.build(pa.array(range(NUM_ITEMS)), np.zeros(NUM_ITEMS, np.int64), None)
     prepare_items(model, recipe, *halves, catalogue, seed=5, device=CPU)
 
-    directions_ID = torch.from_numpy(spectral_vectors(*halves, NUM_ROWS, 16, seed=5))
+    directions_ID = spectral_vectors(*halves, NUM_ROWS, 16, seed=5, device=CPU)
     assert torch.equal(directions_ID, agree_on_vectors(*halves, NUM_ROWS, 16, seed=5, device=CPU))
     for table_ID in {model.items.weight, model.output_table_ID}:
         found_ID = table_ID.detach()[NUM_SPECIAL:-1]
