@@ -33,7 +33,7 @@ from ray_jobs.runs import FinishedRun, open_run
 from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
 from ray_jobs.targets import Targets, choose_targets
 from recsys.baseline_search import GRIDS, Settings, Trial, choose_settings, try_settings
-from recsys.baselines import BASELINES, EASE, make_baselines
+from recsys.baselines import BASELINES, EASE, Covisitation, make_baselines
 from recsys.comparison import find_target_difference
 from recsys.leaderboard import (
     HEADLINE,
@@ -248,7 +248,9 @@ def _measure_models(finished: FinishedRun, targets: Targets, config: PipelineCon
 def _tune_baselines(
     names: tuple[str, ...], targets: Targets, config: PipelineConfig
 ) -> dict[str, list[Trial]]:
-    """What was tried on validation targets, by the baseline's name."""
+    """What was tried on validation targets, by the baseline's name: of those that are compared, and
+    of co-visitation anyway, which a published version falls back on.
+    """
     users = sample_users(targets.split.validation_U, _TUNING_TARGETS, config.seed)
     data = targets.store, targets.split, targets.catalogue.num_rows
     tried = {
@@ -260,8 +262,8 @@ def _tune_baselines(
             filter_seen=config.evaluate.filter_seen,
             seed=config.seed,
         )
-        for name in names
-        if name in config.evaluate.tuned
+        for name in config.evaluate.tuned
+        if name in (*names, Covisitation.name)
     }
     return {name: found for name, found in tried.items() if found}
 

@@ -110,7 +110,7 @@ class EvaluateConfig(Section):
     tuned: tuple[str, ...] = ("covisitation",)
     """Those of them whose settings are chosen by NDCG@10 on validation targets, see
     `baseline_search.GRIDS`; the others keep their defaults. A published version falls back on the
-    co-visitation that was chosen."""
+    co-visitation that was chosen, so that is tuned even where it is not compared."""
     tuning_users: int = Field(50_000, ge=1)
     """Settings are chosen by what the training events of so many users, a seeded sample, say of the
     validation targets."""

@@ -451,6 +451,15 @@ def test_baselines_are_tuned_on_validation_targets(tmp_path, shop):
         assert found == pytest.approx(mean_accuracy(ranks_N)["NDCG@10"])
 
 
+def test_covisitation_is_tuned_for_the_fallback_where_it_is_not_compared(tmp_path, shop):
+    for tuned in (("covisitation", "als"), ()):
+        config = pipeline(tmp_path, baselines=("popularity",), tuned=tuned)
+        run = write_run(config, shop)
+        evaluation, _ = evaluate.evaluate_run(config, run, Tokens(shop.store), 1)
+        assert evaluation["baseline_settings"].keys() == {"covisitation"} & set(tuned)
+        assert "covisitation" not in evaluation["rows"]
+
+
 def test_settings_that_are_not_there_cannot_be_chosen(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluate\.tuned: there is no popularity; choose"):
         evaluate.run(pipeline(tmp_path, tuned=("popularity",)))
