@@ -47,8 +47,8 @@ def _to_torch(matrix_II: sparse.csr_array, device: torch.device) -> Tensor:
         # That such matrices are new in torch; ours are only multiplied with.
         warnings.filterwarnings("ignore", "Sparse", UserWarning)
         return torch.sparse_csr_tensor(
-            torch.from_numpy(matrix_II.indptr.astype(np.int64, copy=False)),
-            torch.from_numpy(matrix_II.indices.astype(np.int64, copy=False)),
+            torch.from_numpy(matrix_II.indptr),
+            torch.from_numpy(matrix_II.indices),
             torch.from_numpy(matrix_II.data),
             size=matrix_II.shape,
             device=device,

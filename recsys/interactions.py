@@ -92,7 +92,9 @@ def keep_best(matrix: sparse.csr_array, limit: int) -> sparse.csr_array:
     ends = np.cumsum(np.bincount(rows, minlength=matrix.shape[0]))
     places = np.arange(len(rows)) - np.concatenate([[0], ends])[rows]
     kept = order[places < limit]
-    indptr = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))])
+    # The matrix's own dtype: int64 would make all indices as wide.
+    indptr = np.zeros_like(matrix.indptr)
+    np.cumsum(np.minimum(counts, limit), out=indptr[1:])
     return sparse.csr_array((data[kept], columns[kept], indptr), shape=matrix.shape)
 
 

@@ -77,14 +77,15 @@ def spectral_vectors(
 
 def _normalised_graph(store: TokenStore, split: Split, num_rows: int) -> sparse.csr_array:
     """Symmetric weights of neighbours over the roots of both degrees, fp32 `[I, I]`."""
-    shares_II = find_neighbours(store, split, num_rows, limit=_NEIGHBOURS, backward=1.0)
+    weights_II = find_neighbours(store, split, num_rows, limit=_NEIGHBOURS, backward=1.0)
     items_T = store.items_T[training_positions(store, split)]
     counts_I = np.bincount(items_T, minlength=num_rows).astype(np.float32)
-    # A share is of an item's own events; the weight of a pair is the same from both ends.
-    weights_II = sparse.diags_array(counts_I, dtype=np.float32) @ shares_II
-    weights_II = weights_II + weights_II.T
-    degrees_I = np.asarray(weights_II.sum(axis=1)).ravel()
+    # Shares of an item's own events become weights of pairs, the same from both ends.
+    weights_II.data *= np.repeat(counts_I, np.diff(weights_II.indptr))
+    graph_II: sparse.csr_array = (weights_II + weights_II.T).tocsr()
+    degrees_I = np.asarray(graph_II.sum(axis=1)).ravel()
     mean = degrees_I[degrees_I > 0].mean() if degrees_I.any() else 1.0
-    scale = sparse.diags_array(1 / np.sqrt(degrees_I + mean), dtype=np.float32)
-    graph_II: sparse.csr_array = (scale @ weights_II @ scale).tocsr()
+    scale_I = 1 / np.sqrt(degrees_I + mean)
+    graph_II.data *= np.repeat(scale_I, np.diff(graph_II.indptr))
+    graph_II.data *= scale_I[graph_II.indices]
     return graph_II
