@@ -27,11 +27,12 @@ import torch
 
 from benchmarks import leaderboard_files
 from benchmarks.leaderboard_baselines import measure_baselines
+from benchmarks.leaderboard_cells import METRICS
 from benchmarks.leaderboard_files import home, keep, read_results, save_ranks
 from benchmarks.leaderboard_measures import facts_of, measure_model
 from benchmarks.leaderboard_pairs import compare_trainings, measure_lifts, measure_requests
 from benchmarks.leaderboard_rows import Entry, read_entries
-from benchmarks.leaderboard_table import METRICS, render
+from benchmarks.leaderboard_table import render
 from benchmarks.measure import machine
 from benchmarks.published import DATASETS, Dataset, read_dataset
 from ray_jobs.code_version import code_version

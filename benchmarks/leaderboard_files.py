@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.leaderboard_table import METRICS
+from benchmarks.leaderboard_cells import METRICS
 from recsys.leaderboard import Row
 from recsys.metrics import mean_accuracy
 

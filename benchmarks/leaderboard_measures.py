@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.leaderboard_cells import METRICS
 from benchmarks.leaderboard_files import MODEL, TIME_BLIND
-from benchmarks.leaderboard_table import METRICS
 from benchmarks.published import Dataset
 from recsys.evaluation import Scorer
 from recsys.interactions import training_counts

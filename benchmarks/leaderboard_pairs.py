@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.leaderboard_cells import METRICS
 from benchmarks.leaderboard_files import (
     TIME_BLIND,
     home,
@@ -16,7 +17,6 @@ from benchmarks.leaderboard_files import (
     read_results,
     section_of,
 )
-from benchmarks.leaderboard_table import METRICS
 from recsys.comparison import compare, compare_seeds
 from recsys.leaderboard import comparison_facts
 

@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.leaderboard_cells import METRICS, Result, render_means, render_table
 from benchmarks.leaderboard_rows import GOALS, Entry, Goal, Pair
+from benchmarks.leaderboard_slices import render_history, render_lists, render_slices
 from benchmarks.published import name_protocol
 
-METRICS = ("HR@10", "NDCG@10")
 _COLLABORATIVE = ("item-knn", "als", "ease")
 _HEAD = (
     "| row | recipe | width/layers/heads/length, or settings | HR@10 | NDCG@10 | floor | aim "
     "| seeds | best epoch | training | published |"
 )
-_LISTS = {"coverage@10": "{:.1%}", "novelty@10": "{:.2f} bits", "popularity@10": "{:.3f}"}
-"""What is shown of the lists, and how."""
 _UNTRAINED_HEAD = "| row | recipe | data set | floor | aim | published |"
 _INTRODUCTION = """# Leader board
 
@@ -25,7 +24,10 @@ The whole catalogue is ranked, never a sample; items of the user's history are l
 against us; the epoch is chosen by NDCG@10 on validation targets and a training ranks test once,
 with that epoch's weights. That holds for a training, not for a row: some settings of
 `ml-1m-gsasrec`, `beauty-sasrec-ce`, `beauty-sasrec-ce-attributes` and `beauty-recjpq` were changed
-after a test figure had been seen. From now on such a change is a new row.
+after a test figure had been seen. From now on such a change is a new row. How the vectors of a
+spectral start are computed was changed, for what validation said, after three seeds of
+`beauty-sasrec-ce-spectral-short` had had 0.0949 / 0.0571 and one of
+`beauty-sasrec-ce-attributes-spectral` 0.1039 / 0.0607; what stands here was trained since.
 
 Means over seeds; `±` is half of the 95 % interval that a bootstrap over the users gives for one
 seed, averaged over the seeds, and says nothing of other seeds; in brackets the least and the most
@@ -61,12 +63,10 @@ of their own. No row of globo reads the gap before a click: that log invents the
 click of a session, 30,000 ms after the one before, so the gap at a request would say that its click
 is the last, as the targets of leave-one-out all are."""
 
-_Result = dict[str, Any]
 
-
-def render(found: list[_Result], entries: Mapping[str, Entry]) -> str:
+def render(found: list[Result], entries: Mapping[str, Entry]) -> str:
     """One section for each data set and protocol, and one of the rows without any result."""
-    sections: dict[tuple[str, str], list[_Result]] = {}
+    sections: dict[tuple[str, str], list[Result]] = {}
     for result in found:
         sections.setdefault((result["dataset"], result["protocol"]), []).append(result)
     texts = [_render_section(results, entries) for _, results in sorted(sections.items())]
@@ -77,10 +77,10 @@ def render(found: list[_Result], entries: Mapping[str, Entry]) -> str:
     return "\n\n".join([_INTRODUCTION, *texts]) + "\n"
 
 
-def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str:
+def _render_section(results: list[Result], entries: Mapping[str, Entry]) -> str:
     some = next(result for result in results if "test" in result)
     (sha256,) = {result["targets_sha256"] for result in results}
-    by_row: dict[str, list[_Result]] = {}
+    by_row: dict[str, list[Result]] = {}
     for result in results:
         if "seed" in result:
             by_row.setdefault(result["row"], []).append(result)
@@ -94,7 +94,7 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
         for knowing in seeds[0]["test"]
     ]
     rows += [
-        f"| | {name} | {_chosen(result, name)} | {_means([test])} |" + " |" * 6
+        f"| | {name} | {_chosen(result, name)} | {render_means([test])} |" + " |" * 6
         for result in baselines
         for name, test in result["test"].items()
     ]
@@ -107,11 +107,11 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
         f"## {some['dataset']}, {some['protocol']}",
         facts,
         _machines(measured),
-        _table(_HEAD, rows),
+        render_table(_HEAD, rows),
         *(_goal_note(goal, by_row) for goal in GOALS if _is_for(goal, some) and by_row),
-        *_slices(measured),
-        _beyond_accuracy(measured),
-        _by_history(measured),
+        *render_slices(measured),
+        render_lists(measured),
+        render_history(measured),
         *(_lift_table(by_row, result["test"], lifts) for result in baselines if by_row),
         "\n".join(_note(result) for result in results if "against" in result),
         "\n".join(_told_note(result, by_row) for result in results if "told_of_request" in result),
@@ -122,7 +122,7 @@ def _render_section(results: list[_Result], entries: Mapping[str, Entry]) -> str
     return "\n\n".join(part for part in parts if part)
 
 
-def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
+def _row(seeds: list[Result], knowing: str, entry: Entry) -> str:
     tests = [result["test"][knowing] for result in seeds]
     first, minutes = seeds[0], [result["seconds"] / 60 for result in seeds]
     model = first["recipe"]["model"]
@@ -132,7 +132,7 @@ def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
         first["row"],
         _name(entry) if is_told else f"{_name(entry)}; {knowing}",
         f"{model['dim']}/{model['num_layers']}/{model['num_heads']}/{model['max_len']}",
-        _means(tests),
+        render_means(tests),
         _goals([entry.floor] if entry.floor else [], tests) if is_told else "",
         _goals(entry.aim, tests) if is_told else "",
         str(len(seeds)),
@@ -143,23 +143,23 @@ def _row(seeds: list[_Result], knowing: str, entry: Entry) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _chosen(baselines: _Result, name: str) -> str:
+def _chosen(baselines: Result, name: str) -> str:
     """The settings of a baseline where they were chosen."""
     settings = baselines.get("settings", {}).get(name, {})
     return ", ".join(f"{setting} {value:g}" for setting, value in settings.items())
 
 
-def _machines(measured: list[_Result]) -> str:
+def _machines(measured: list[Result]) -> str:
     """Where trainings and baselines ran; the day, which ends the recorded text, is left out."""
     machines = {str(result["machine"]).rpartition(", ")[0] for result in measured}
     return f"Trained and ranked on {'; '.join(sorted(machines))}."
 
 
-def _is_for(goal: Goal, section: _Result) -> bool:
+def _is_for(goal: Goal, section: Result) -> bool:
     return (section["dataset"], section["protocol"]) == (goal.dataset, name_protocol(None))
 
 
-def _goal_note(goal: Goal, by_row: Mapping[str, list[_Result]]) -> str:
+def _goal_note(goal: Goal, by_row: Mapping[str, list[Result]]) -> str:
     """How far the best row of a section is, on all targets and on parts of them."""
     name, seeds = next(iter(by_row.items()))
     tests = {"": [result["test"]["model"] for result in seeds]}
@@ -175,7 +175,7 @@ def _goal_note(goal: Goal, by_row: Mapping[str, list[_Result]]) -> str:
     return f"Best row {goal.name}: {name}, {said}."
 
 
-def _goals(goals: Sequence[Pair], tests: list[_Result]) -> str:
+def _goals(goals: Sequence[Pair], tests: list[Result]) -> str:
     """The goals and whether both means over the seeds reach each."""
     means = [_mean_of(tests, metric) for metric in METRICS]
     marks = [
@@ -195,95 +195,15 @@ def _name(entry: Entry) -> str:
     return " with ".join([entry.recipe, *([", ".join(read)] if read else [])])
 
 
-def _means(tests: list[_Result]) -> str:
-    """Means over the seeds, and the spread of the seeds."""
-    cells = []
-    for metric in METRICS:
-        means = [test[metric]["mean"] for test in tests]
-        spread = f" ({min(means):.4f} to {max(means):.4f})" if len(tests) > 1 else ""
-        cells.append(f"{_mean_over_seeds(tests, metric)}{spread}")
-    return " | ".join(cells)
-
-
-def _mean_over_seeds(tests: list[_Result], metric: str) -> str:
-    """The interval is that of the users, averaged."""
-    mean = np.mean([test[metric]["mean"] for test in tests])
-    half = np.mean([(test[metric]["high"] - test[metric]["low"]) / 2 for test in tests])
-    return f"{mean:.4f} ± {half:.4f}"
-
-
-def _mean(seeds: list[_Result], metric: str) -> float:
+def _mean(seeds: list[Result], metric: str) -> float:
     return _mean_of([result["test"]["model"] for result in seeds], metric)
 
 
-def _mean_of(tests: list[_Result], metric: str) -> float:
+def _mean_of(tests: list[Result], metric: str) -> float:
     return float(np.mean([test[metric]["mean"] for test in tests]))
 
 
-def _slices(measured: list[_Result]) -> Iterator[str]:
-    """The same rows on parts of the targets that are not all, where the results tell."""
-    tested: dict[str, dict[str, list[_Result]]] = {}
-    num_users: dict[str, int] = {}
-    for result in measured:
-        for name, part in result.get("slices", {}).items():
-            if part["num_users"] == result["num_users"]:
-                continue
-            num_users[name] = part["num_users"]
-            for knowing, test in part["test"].items():
-                of_row = _row_name(result, knowing)
-                tested.setdefault(name, {}).setdefault(of_row, []).append(test)
-    for name, rows in tested.items():
-        lines = [f"| {row} | {_means(tests)} | {len(tests)} |" for row, tests in rows.items()]
-        yield (
-            f"On the {num_users[name]:,} targets with {name} alone:\n\n"
-            + _table("| row | HR@10 | NDCG@10 | runs |", lines)
-        )
-
-
-def _row_name(result: _Result, knowing: str) -> str:
-    row: str = result.get("row", knowing)
-    return row if knowing in ("model", row) else f"{row}; {knowing}"
-
-
-def _beyond_accuracy(measured: list[_Result]) -> str:
-    """What the lists are like, of the rows whose results tell."""
-    rows: dict[str, list[_Result]] = {}
-    for result in measured:
-        for knowing, lists in result.get("lists", {}).items():
-            rows.setdefault(_row_name(result, knowing), []).append(lists)
-    if not rows:
-        return ""
-    lines = [f"| {row} | {_list_cells(runs)} | {len(runs)} |" for row, runs in rows.items()]
-    return "Beyond accuracy:\n\n" + _table(f"| row | {' | '.join(_LISTS)} | runs |", lines)
-
-
-def _list_cells(runs: list[_Result]) -> str:
-    means = {name: np.mean([run[name] for run in runs]) for name in _LISTS}
-    return " | ".join(text.format(means[name]) for name, text in _LISTS.items())
-
-
-def _by_history(measured: list[_Result]) -> str:
-    """NDCG@10 by events before the target, of the rows whose results tell."""
-    parts: dict[str, int] = {}
-    rows: dict[str, dict[str, list[_Result]]] = {}
-    for result in measured:
-        for part, facts in result.get("kinds", {}).get("history_length", {}).items():
-            parts[part] = facts["num_users"]
-            for knowing, test in facts["test"].items():
-                of_row = rows.setdefault(_row_name(result, knowing), {})
-                of_row.setdefault(part, []).append(test)
-    if not rows:
-        return ""
-    head = " | ".join(f"{part} events ({num_users:,} users)" for part, num_users in parts.items())
-    cells = {
-        row: [_mean_over_seeds(tests[part], "NDCG@10") if part in tests else "" for part in parts]
-        for row, tests in rows.items()
-    }
-    lines = [f"| {row} | {' | '.join(of_row)} |" for row, of_row in cells.items()]
-    return "NDCG@10 by history length:\n\n" + _table(f"| row | {head} |", lines)
-
-
-def _lift_table(by_row: dict[str, list[_Result]], baselines: _Result, lifts: _Result) -> str:
+def _lift_table(by_row: dict[str, list[Result]], baselines: Result, lifts: Result) -> str:
     """Every trained row over the best collaborative filtering and over the best baseline of all."""
     filtering = _best({name: baselines[name] for name in _COLLABORATIVE if name in baselines})
     best = _best(baselines)
@@ -297,14 +217,14 @@ def _lift_table(by_row: dict[str, list[_Result]], baselines: _Result, lifts: _Re
     said += "" if best == filtering else f", and over {best}, the best row without a network"
     head = [f"{metric} over {rival}" for rival, metric in cells]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return f"{said}:\n\n" + _table(f"| row | {' | '.join(head)} |", lines)
+    return f"{said}:\n\n" + render_table(f"| row | {' | '.join(head)} |", lines)
 
 
-def _best(tests: _Result) -> str:
+def _best(tests: Result) -> str:
     return max(tests, key=lambda name: float(tests[name]["NDCG@10"]["mean"]))
 
 
-def _lift(seeds: list[_Result], rival: str, metric: str, baselines: _Result, lifts: _Result) -> str:
+def _lift(seeds: list[Result], rival: str, metric: str, baselines: Result, lifts: Result) -> str:
     ours, theirs = _mean(seeds, metric), baselines[rival][metric]["mean"]
     lift = lifts.get(seeds[0]["row"], {"over": {}})
     facts = lift["over"].get(rival, {}).get(metric)
@@ -313,13 +233,13 @@ def _lift(seeds: list[_Result], rival: str, metric: str, baselines: _Result, lif
     return f"{_with_interval(facts)}{_compared_seeds(lift, seeds)}"
 
 
-def _compared_seeds(comparison: _Result, seeds: list[_Result]) -> str:
+def _compared_seeds(comparison: Result, seeds: list[Result]) -> str:
     """Which seeds have ranks, if not all have."""
     compared = comparison["seeds"]
     return "" if len(compared) == len(seeds) else f", seed {', '.join(map(str, compared))}"
 
 
-def _with_interval(facts: _Result) -> str:
+def _with_interval(facts: Result) -> str:
     """The lift, or the difference where there is nothing to divide by."""
     if facts["lift"] is None:
         ends = f"[{facts['difference_low']:+.4f}, {facts['difference_high']:+.4f}]"
@@ -327,11 +247,11 @@ def _with_interval(facts: _Result) -> str:
     return f"{facts['lift']:+.1%} [{facts['lift_low']:+.1%}, {facts['lift_high']:+.1%}]"
 
 
-def _note(result: _Result) -> str:
+def _note(result: Result) -> str:
     return f"{result['row']} against {result['against']}, paired by user: {_lifts(result)}."
 
 
-def _told_note(result: _Result, by_row: Mapping[str, list[_Result]]) -> str:
+def _told_note(result: Result, by_row: Mapping[str, list[Result]]) -> str:
     row = result["told_of_request"]
     seeds = _compared_seeds(result, by_row[row])
     return (
@@ -340,11 +260,11 @@ def _told_note(result: _Result, by_row: Mapping[str, list[_Result]]) -> str:
     )
 
 
-def _lifts(result: _Result) -> str:
+def _lifts(result: Result) -> str:
     return ", ".join(f"{metric} {_with_interval(result[metric])}" for metric in METRICS)
 
 
-def _unversioned(by_row: Mapping[str, list[_Result]]) -> str:
+def _unversioned(by_row: Mapping[str, list[Result]]) -> str:
     """Which trainings do not say what code they ran."""
     seeds = {
         row: [str(result["seed"]) for result in results if not result.get("code_version")]
@@ -375,7 +295,7 @@ def _changes(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {json.dumps(value)}"
 
 
-def _commands(results: list[_Result]) -> list[str]:
+def _commands(results: list[Result]) -> list[str]:
     commands = []
     for result in results:
         if "seed" in result:
@@ -401,12 +321,8 @@ def _render_untrained(entries: Mapping[str, Entry]) -> str:
     commands = [f"python -m benchmarks.leaderboard train {name} --seed 1" for name in entries]
     parts = [
         "## Not trained yet",
-        _table(_UNTRAINED_HEAD, rows),
+        render_table(_UNTRAINED_HEAD, rows),
         _settings(entries),
         "\n".join(["```sh", *commands, "```"]),
     ]
     return "\n\n".join(parts)
-
-
-def _table(head: str, rows: list[str]) -> str:
-    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows])

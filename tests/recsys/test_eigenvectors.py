@@ -65,3 +65,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch):
 def test_an_empty_matrix_has_some_directions():
     found = find(sparse.csr_array((30, 30), dtype=np.float32), 4)
     np.testing.assert_allclose(found.T @ found, np.eye(4), atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same():
+    matrix, _ = make_matrix(np.linspace(0.9, -0.5, 200))
+    gpu = torch.device("cuda")
+    found = leading_eigenvectors(matrix, 5, seed=1, device=gpu)
+    assert found.device.type == "cuda"
+    np.testing.assert_allclose(
+        np.abs(find(matrix, 5).T @ found.cpu().numpy()), np.eye(5), atol=1e-2
+    )
