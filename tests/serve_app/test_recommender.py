@@ -277,11 +277,17 @@ def test_dead_ranker_is_left_alone_and_found_again(open_front):
 @pytest.mark.parametrize("cache_size", [0, 100])
 def test_ranker_that_hangs_is_left_alone_before_it_is_given_up(open_front, cache_size):
     front = open_front(
-        breaker_failures=2, deadline_ms=20, ranker_timeout_ms=60_000, cache_size=cache_size
+        breaker_failures=2,
+        breaker_open_s=3600.0,
+        deadline_ms=20,
+        ranker_timeout_ms=60_000,
+        cache_size=cache_size,
     )
     front.ranker.delay_s = 3600.0
     for number in range(4):
         assert front.recommend(user_history=[f"i{number}"])["degraded"] is True
+        # The ranker was asked a moment after the request came, and is as much later late.
+        front.client.runner.run(asyncio.sleep(0.05))
 
     assert front.ranker.calls == 2
 
