@@ -73,6 +73,7 @@ def train(name: str, seed: int, threads: int) -> dict[str, Any]:
         "epochs": len(history),
         "seconds": round(sum(epoch["seconds"] for epoch in history)),
         "threads": threads,
+        "precision": str(trainer.dtype).removeprefix("torch."),
         "machine": machine(),
         "code_version": code,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),

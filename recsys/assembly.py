@@ -15,6 +15,7 @@ from recsys.negatives import BatchTargets, Negatives, NegativeSampler
 from recsys.randomness import Draws
 from recsys.ranks import gather_lists, gather_rows, rank_and_world_size
 from recsys.recipe import Recipe
+from recsys.seen_items import SeenItems
 from recsys.splits import Split
 from recsys.targets import TargetEvents
 from recsys.tokens import TokenStore
@@ -29,6 +30,8 @@ class Piece:
     draws: Draws
     negatives: Negatives | None
     """None for a loss that looks at the whole catalogue."""
+    seen: SeenItems | None
+    """None for a loss that leaves out nothing of what was seen."""
     share: float
     """Of the weight of the global batch."""
 
@@ -58,8 +61,10 @@ class Assembler:
     ) -> None:
         self._seed, self._micro_batches, self._device = seed, micro_batches, device
         self._rank, self._world_size = rank_and_world_size()
+        self._is_causal = recipe.model.attention == "causal"
+        self._excludes_seen = recipe.loss.exclude_seen
         # Of a causal window one event at least is a target and no input, so it is one event longer.
-        window = recipe.model.max_len + (recipe.model.attention == "causal")
+        window = recipe.model.max_len + self._is_causal
         new_since = _count_from_first(store.timestamps_T, new_since_s)
         is_target_T = _mark_targets(store, targets, new_since)
         self.windows = Windows(store, split, window, device, is_target_T)
@@ -106,8 +111,14 @@ class Assembler:
             if self.sampler is not None:
                 of_batch = BatchTargets(batch.targets_M if whole is None else whole, firsts[place])
                 negatives = self.sampler.draw(batch.targets_M, drawn, of_batch)
-            pieces.append(Piece(batch, drawn, negatives, weights[place] / total))
+            share = weights[place] / total
+            pieces.append(Piece(batch, drawn, negatives, self._find_seen(batch), share))
         return pieces
+
+    def _find_seen(self, batch: Batch) -> SeenItems | None:
+        if not self._excludes_seen:
+            return None
+        return SeenItems.of(batch.items_BL, batch.scored_M, is_causal=self._is_causal)
 
     def _gather_targets(self, batches: list[Batch], firsts: list[int]) -> Tensor | None:
         """The targets of the global batch, where negatives are among them."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from recsys.catalogue import NUM_SPECIAL, PAD
 from recsys.item_table import Rows, all_rows
 from recsys.negatives import Negatives, NegativesConfig
+from recsys.seen_items import SeenItems
 
 _LEAST_POSITIONS = 64
 """Products of fewer rows waste what the other side costs to read."""
@@ -36,6 +37,11 @@ class LossConfig(BaseModel):
     prior: bool = False
     """bce, gbce: whether scores are shifted so that an untrained model takes an item for the target
     as rarely as it is. Without it training begins by pushing all scores down, for epochs."""
+    exclude_seen: bool = False
+    """Whether items that stand in a position's window take no part in its loss, as they take none
+    in a ranking that leaves out what a user has seen; without it a model spends part of what it can
+    learn on pushing them down. A target that was seen before counts. Only for a ranking that leaves
+    out what was seen: the scores of those items mean nothing."""
     block_size: int | None = Field(None, ge=1)
     """full-softmax: scored positions whose logits exist at the same time; None: as many as the
     caches of a CPU hold, or 512 MiB of a GPU."""
@@ -79,6 +85,7 @@ class _FullSoftmax(torch.autograd.Function):
         bias_I: Tensor,
         targets_M: Tensor,
         weights_M: Tensor | None,
+        seen: SeenItems | None,
         block_size: int,
     ) -> Tensor:
         loss = hidden_MD.new_zeros((), dtype=torch.float32)
@@ -89,8 +96,11 @@ class _FullSoftmax(torch.autograd.Function):
         ones_1M = hidden_MD.new_ones(1, min(block_size, len(targets_M)))
         for start in range(0, len(targets_M), block_size):
             block = slice(start, start + block_size)
-            probs_MI = torch.softmax(torch.addmm(biases_I, hidden_MD[block], vectors_ID.T), dim=1)
-            wanted = torch.arange(len(probs_MI), device=probs_MI.device), targets_M[block]
+            logits_MI = torch.addmm(biases_I, hidden_MD[block], vectors_ID.T)
+            wanted = torch.arange(len(logits_MI), device=logits_MI.device), targets_M[block]
+            if seen is not None:
+                _leave_out(logits_MI, seen.of_positions(block), wanted)
+            probs_MI = torch.softmax(logits_MI, dim=1)
             target_M = probs_MI[wanted].float()
             # Below the smallest number the loss stays at 87; the gradient is right all the same.
             gains_M = target_M.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -119,9 +129,7 @@ class _FullSoftmax(torch.autograd.Function):
             grad_hidden_MD * scale.to(grad_hidden_MD.dtype),
             (grad_table_ID * scale).to(ctx.table_dtype),
             grad_bias_I * scale,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -132,6 +140,7 @@ def full_softmax(
     targets_M: Tensor,
     weights_M: Tensor | None = None,
     *,
+    seen: SeenItems | None = None,
     block_size: int | None = None,
 ) -> Tensor:
     """Cross-entropy over the whole catalogue, computed in blocks of positions.
@@ -141,6 +150,7 @@ def full_softmax(
         table_ID: item vectors, padding and mask rows included; these two take no part.
         bias_I: item biases, fp32.
         targets_M: int64, dense items.
+        seen: what the positions see takes no part; None: every item does.
     """
     loss: Tensor = _FullSoftmax.apply(  # type: ignore[no-untyped-call]
         hidden_MD,
@@ -148,6 +158,7 @@ def full_softmax(
         bias_I[NUM_SPECIAL:],
         targets_M - NUM_SPECIAL,
         weights_M,
+        seen,
         block_size or _fitting_block(hidden_MD, len(table_ID)),
     )
     return loss
@@ -160,18 +171,20 @@ def sampled_softmax(
     targets_M: Tensor,
     negatives: Negatives,
     weights_M: Tensor | None = None,
+    *,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """Cross-entropy over the target and N negatives, each of which stands for as many items as it
     was less likely than surely to be drawn (logQ correction; Jean et al., 2015, Yi et al., 2019).
 
-    A negative that equals the target is masked.
+    A negative that equals the target, or that its position sees, is masked.
     """
     if len(targets_M) == 0:
         return _nothing(hidden_MD, table_ID, bias_I)
     positive_M, negative_MN = _score(hidden_MD, table_ID, bias_I, targets_M, negatives)
     log_expected_MN = negatives.per_position(negatives.log_expected_GN, len(targets_M))
     negative_MN = (negative_MN - log_expected_MN).masked_fill(
-        _is_target(negatives, targets_M), float("-inf")
+        _is_void(negatives, targets_M, seen), float("-inf")
     )
     logits = torch.cat([positive_M[:, None], negative_MN], dim=1)
     first_M = torch.zeros_like(targets_M)
@@ -188,6 +201,7 @@ def binary_cross_entropy(
     negatives: Negatives,
     weights_M: Tensor | None = None,
     *,
+    seen: SeenItems | None = None,
     calibration: float = 0.0,
     prior: bool = False,
 ) -> Tensor:
@@ -197,7 +211,8 @@ def binary_cross_entropy(
     doi:10.1145/3604915.3608783): the probability of the target is raised to the power
     `beta = a * (t * (1 - 1/a) + 1/a)`, `a = N / (I - 1)` being the share of negatives that were
     drawn, so that sampling does not make the model overconfident. In closed form the target costs
-    `beta * softplus(-s)`. A negative that equals the target costs nothing.
+    `beta * softplus(-s)`. A negative that equals the target, or that its position sees, costs
+    nothing.
 
     With `prior` scores count as `s + log(beta / N)`, the one number that costs least where all
     scores are alike (Lin et al., 2017, arXiv:1708.02002, section 4.1); no ranking depends on it.
@@ -208,7 +223,9 @@ def binary_cross_entropy(
     share = min(1.0, negatives.num / max(1, len(table_ID) - NUM_SPECIAL - 1))
     beta = share * (calibration * (1 - 1 / share) + 1 / share)
     shift = math.log(beta / negatives.num) if prior else 0.0
-    costs_MN = F.softplus(negative_MN + shift).masked_fill(_is_target(negatives, targets_M), 0.0)
+    costs_MN = F.softplus(negative_MN + shift).masked_fill(
+        _is_void(negatives, targets_M, seen), 0.0
+    )
     costs_M = beta * F.softplus(-positive_M - shift) + costs_MN.sum(1)
     mean = costs_M.mean() if weights_M is None else _weighted_mean(costs_M, weights_M)
     return mean / (1 + negatives.num)
@@ -222,18 +239,22 @@ def compute_loss(
     targets_M: Tensor,
     negatives: Negatives | None,
     weights_M: Tensor | None = None,
+    *,
+    seen: SeenItems | None = None,
 ) -> Tensor:
-    """The configured loss; `negatives` are None for the full softmax alone."""
+    """The configured loss; `negatives` are None for the full softmax alone, and `seen` is there
+    for a loss with `exclude_seen` alone.
+    """
     if config.kind == "full-softmax":
         whole = hidden_MD, all_rows(table_ID), all_rows(bias_I), targets_M
-        return full_softmax(*whole, weights_M, block_size=config.block_size)
+        return full_softmax(*whole, weights_M, seen=seen, block_size=config.block_size)
     assert negatives is not None
     scored = hidden_MD, table_ID, bias_I, targets_M
     if config.kind == "sampled-softmax":
-        return sampled_softmax(*scored, negatives, weights_M)
+        return sampled_softmax(*scored, negatives, weights_M, seen=seen)
     calibration = config.calibration if config.kind == "gbce" else 0.0
     return binary_cross_entropy(
-        *scored, negatives, weights_M, calibration=calibration, prior=config.prior
+        *scored, negatives, weights_M, seen=seen, calibration=calibration, prior=config.prior
     )
 
 
@@ -255,8 +276,20 @@ def _score(
     return positive_M, negative_GPN.flatten(0, 1)[before : before + M]
 
 
-def _is_target(negatives: Negatives, targets_M: Tensor) -> Tensor:
-    return negatives.per_position(negatives.items_GN, len(targets_M)) == targets_M[:, None]
+def _is_void(negatives: Negatives, targets_M: Tensor, seen: SeenItems | None) -> Tensor:
+    """Which negatives are none, bool `[M, N]`."""
+    is_target_MN = negatives.per_position(negatives.items_GN, len(targets_M)) == targets_M[:, None]
+    return is_target_MN if seen is None else is_target_MN.logical_or_(seen.mark(negatives))
+
+
+def _leave_out(logits_MI: Tensor, seen_ML: Tensor, wanted: tuple[Tensor, Tensor]) -> None:
+    """Takes seen items out of the softmax, in place; not the targets, which stand at `wanted`."""
+    targets_M = wanted[1]
+    of_targets_M = logits_MI[wanted]
+    # Padding and masks have no logit: where they stand the target's is taken out and put back.
+    columns_ML = torch.where(seen_ML < NUM_SPECIAL, targets_M[:, None], seen_ML - NUM_SPECIAL)
+    logits_MI.scatter_(1, columns_ML, float("-inf"))
+    logits_MI[wanted] = of_targets_M
 
 
 def block_bytes(is_cuda: bool, num_rows: int, element_bytes: int) -> int:

@@ -54,7 +54,7 @@ class TrainerConfig(BaseModel):
     validation_users: int = Field(5_000, ge=1)
     """At most so many users, the same sample every time, are ranked in a validation."""
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
-    """auto: bf16 where the device multiplies it natively, else fp32."""
+    """auto: bf16 where a GPU multiplies it natively or a CPU faster than fp32, else fp32."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Checkpoints within an epoch, beside those after each validation: for epochs of hours."""
     report_every_seconds: float = Field(30.0, gt=0)
@@ -102,7 +102,7 @@ class Trainer:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.rank, self.world_size = rank_and_world_size()
         self.model = model.to(device)
-        self.dtype = choose_dtype(config.precision, device)
+        self.dtype = self._agree_on_dtype()
         self._refuse_empty_parts()
 
         self._assembler = Assembler(
@@ -350,6 +350,7 @@ class Trainer:
             batch.targets_M,
             piece.negatives,
             batch.weights_M,
+            seen=piece.seen,
         )
 
     @property
@@ -367,6 +368,12 @@ class Trainer:
         if self.rank == 0:
             log.warning("Training goes on without torch.compile: %s.", reason)
         return reason
+
+    def _agree_on_dtype(self) -> torch.dtype:
+        """bf16 where every rank counts in it: their machines may differ."""
+        dtype = choose_dtype(self.config.precision, self.device)
+        (num_bf16,) = sum_over_ranks([float(dtype == torch.bfloat16)], self.device)
+        return torch.bfloat16 if num_bf16 == self.world_size else torch.float32
 
     def _refuse_empty_parts(self) -> None:
         num_parts = self.world_size * self.config.micro_batches

@@ -17,6 +17,7 @@ from recsys.losses import (
     sampled_softmax,
 )
 from recsys.negatives import Negatives, NegativesConfig
+from recsys.seen_items import SeenItems
 
 _BIAS = torch.zeros(4)
 
@@ -376,3 +377,69 @@ def test_groups_may_be_shared_with_positions_that_are_elsewhere(kind):
         compute_loss(config, hidden[3:], table, bias, targets[3:], drawn(*groups, num_before=3)),
     ]
     assert whole.item() == pytest.approx(((3 * parts[0] + 2 * parts[1]) / 5).item())
+
+
+def seen_by(*windows):
+    """One scored position a window, which sees all of it."""
+    items_BL = torch.tensor(windows)
+    last_M = torch.arange(1, len(windows) + 1) * items_BL.shape[1] - 1
+    return SeenItems.of(items_BL, last_M, is_causal=True)
+
+
+def test_a_full_softmax_leaves_out_what_was_seen():
+    # Of the items 2 to 5, which all score 0, one was seen: the target is one of three.
+    loss = full_softmax(*flat(), torch.tensor([2]), seen=seen_by([0, 4, 4]))
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("seen", [[0, 2, 4], [2, 4, 2], [1, 4, 2]])
+def test_a_target_that_was_seen_counts(seen):
+    loss = full_softmax(*flat(), torch.tensor([2]), seen=seen_by(seen))
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 64])
+def test_gradients_without_seen_items_are_those_of_autograd(block_size):
+    leaves, targets = _case(5)
+    windows = [[2, 3, 4], [0, 5, 6], [0, 0, 7], [8, 1, 5], [0, 0, 0]]
+    is_left_out = torch.zeros(5, 9, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        is_left_out[row, window] = True
+        is_left_out[row, [0, 1]] = True
+        is_left_out[row, targets[row]] = False
+
+    def autograd(hidden, table, bias):
+        logits = (hidden @ table.T + bias).masked_fill(is_left_out, float("-inf"))
+        return F.cross_entropy(logits, targets)
+
+    def ours(*leaves):
+        return full_softmax(*leaves, targets, seen=seen_by(*windows), block_size=block_size)
+
+    results = []
+    for loss_of in (ours, autograd):
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        loss = loss_of(*copies)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in copies)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_negative_that_was_seen_costs_nothing():
+    # Three negatives at a score of 0, one of them seen: the target is one of three, or two noes
+    # and a yes out of four questions.
+    negatives, seen = drawn(3, 4, 5), seen_by([0, 4, 4])
+    sampled = sampled_softmax(*flat(), torch.tensor([2]), negatives, seen=seen)
+    assert sampled.item() == pytest.approx(math.log(3))
+    binary = binary_cross_entropy(*flat(), torch.tensor([2]), negatives, seen=seen)
+    assert binary.item() == pytest.approx(3 * math.log(2) / 4)
+
+
+@pytest.mark.parametrize("kind", ["full-softmax", "sampled-softmax", "bce", "gbce"])
+def test_every_loss_can_leave_out_what_was_seen(kind):
+    leaves, targets = _case(5)
+    config = LossConfig(kind=kind, exclude_seen=True)
+    seen = seen_by(*[[3, 4]] * 5)
+    less = compute_loss(config, *leaves, targets, drawn(3, 4, group_size=5), seen=seen)
+    more = compute_loss(config, *leaves, targets, drawn(3, 4, group_size=5))
+    assert less.item() < more.item()
