@@ -6,6 +6,9 @@ are found.
 """
 
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from data_lake.sequences import SequencesConfig
 from data_lake.sources import IngestConfig
@@ -27,6 +30,7 @@ from ray_jobs.sections.upkeep import (
     RetrainConfig,
     WithdrawConfig,
 )
+from recsys.recipe import read_recipe
 from recsys.splits import SplitConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -57,3 +61,15 @@ class PipelineConfig(Section):
     tune: TuneConfig = TuneConfig()
     canary: CanaryConfig = CanaryConfig()
     withdraw: WithdrawConfig = WithdrawConfig()
+
+    @model_validator(mode="after")
+    def _ranks_what_it_trains(self) -> Self:
+        if not read_recipe(self.train.recipe, self.train.overrides).loss.exclude_seen:
+            return self
+        for section in ("evaluate", "recommend"):
+            if not getattr(self, section).filter_seen:
+                raise ValueError(
+                    f"{section}.filter_seen = false ranks items that a user has seen, whose scores "
+                    "train.overrides.loss.exclude_seen leaves untrained; change one of the two"
+                )
+        return self

@@ -1,6 +1,7 @@
 """The benchmark of large catalogues, made small."""
 
 import json
+import re
 
 from benchmarks.large_catalogues import PARTS, Case, render
 
@@ -20,4 +21,4 @@ def test_every_part_is_in_the_report():
     assert "| 4 codes an item | 17,192 |" in text
     assert "From 20,000 events of 1,000 users:" in text
     for name in ("learning the codes takes", "a spectral start of width 16"):
-        assert f"{name} 0 s, the process holding " in text
+        assert re.search(rf"{name} \d+ s, the process holding ", text)

@@ -39,6 +39,7 @@ class Case:
 
 
 _TOUCHED = {"learning_rate": 5e-3, "item_rows": "touched"}
+_UNSEEN = {"loss": {"exclude_seen": True}}
 _MIXED = {"source": "mixed", "num": 5, "group_size": None}
 _MASKS = {"objective": {"random_share": 0.1, "kept_share": 0.1}}
 _CASES = {
@@ -63,8 +64,12 @@ _CASES = {
         has_attributes=True,
     ),
     "time-aware": Case("time-aware", weights_atol=2e-3),
+    "sasrec-ce without what was seen": Case("sasrec-ce", _UNSEEN),
+    "gsasrec without what was seen": Case(
+        "gsasrec", {"loss": {"negatives": {"num": 5, "group_size": 7}, "exclude_seen": True}}
+    ),
 }
-_IN_PARTS = ("bert4rec", "sasrec", "esasrec")
+_IN_PARTS = ("bert4rec", "sasrec", "esasrec", "gsasrec without what was seen")
 
 
 def train(name, micro_batches=1):

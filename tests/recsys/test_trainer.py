@@ -97,6 +97,29 @@ def test_a_certain_next_item_is_learned(recipe, loss, max_epochs):
     assert reports[-1].ndcg10 > 0.9
 
 
+@pytest.mark.parametrize(
+    ("recipe", "objective", "num_seen"),
+    [
+        # Nine places of ten events are asked for the next one, and see one to nine items.
+        ("sasrec-ce", {}, range(1, 10)),
+        ("bert4rec", {"last_prob": 1.0}, [9]),
+    ],
+)
+def test_a_loss_may_leave_out_what_its_positions_see(recipe, objective, num_seen):
+    def first_loss(*, exclude_seen):
+        overrides = {
+            "loss": {"exclude_seen": exclude_seen},
+            "objective": objective,
+            "optimiser": {"learning_rate": 1e-9},
+        }
+        return make_trainer(recipe, overrides=overrides, max_epochs=1).train_epoch().loss
+
+    # An untrained model holds all items that take part for about as likely.
+    unseen = np.mean([math.log(_NUM_ITEMS - num) for num in num_seen])
+    assert first_loss(exclude_seen=True) == pytest.approx(unseen, abs=0.03)
+    assert first_loss(exclude_seen=False) == pytest.approx(math.log(_NUM_ITEMS), abs=0.03)
+
+
 PURCHASES = TargetEvents(0, np.array([0, 0, 1], np.float32), is_weighted=False)
 
 
