@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,11 +30,12 @@ from ray_jobs.errors import ConfigError, JobError
 from ray_jobs.job import Report, main
 from ray_jobs.report import describe_cut_target, describe_dates, write_report
 from ray_jobs.runs import FinishedRun, open_run
-from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences
+from ray_jobs.sequences_reader import collect_tokens, load_tokens, open_sequences, widen_context
 from ray_jobs.targets import Targets, choose_targets
 from recsys.baseline_search import GRIDS, Settings, Trial, choose_settings, try_settings
 from recsys.baselines import BASELINES, EASE, Covisitation, make_baselines
 from recsys.comparison import find_target_difference
+from recsys.context import ContextEncoder
 from recsys.leaderboard import (
     HEADLINE,
     Row,
@@ -80,12 +81,13 @@ def run(config: PipelineConfig) -> Report:
     finished = open_run(config, config.evaluate.run)
     rival = open_rival(config)
     sequences = open_sequences(config, finished.facts["sequences_version"])
-    tokens = load_tokens(sequences, config, finished.vocabulary)
+    sliced = widen_context(sequences, config, finished.vocabulary.context, config.evaluate.slices)
+    tokens = load_tokens(sequences, config, replace(finished.vocabulary, context=sliced))
 
     num_cpus, num_gpus = _largest_worker()
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(evaluate_run)
     try:
-        evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus, rival))
+        evaluation, ranks = ray.get(task.remote(config, finished, tokens, num_cpus, rival, sliced))
     except RayTaskError as error:
         # The worker's own error: one sentence, without the worker's traceback in it.
         raise error.cause from error
@@ -106,9 +108,12 @@ def evaluate_run(
     tokens: ray.data.Dataset,
     num_threads: int,
     rival: Rival | None = None,
+    sliced: ContextEncoder | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """The content of evaluation.json and of ranks.parquet; runs on one worker.
 
+    `sliced` has encoded the tokens: the run's own fields, which is what None stands for, and others
+    that targets are sliced by.
     Raises: JobError when no user has a test event, or when the rival ranked other targets.
     """
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -116,7 +121,10 @@ def evaluate_run(
     catalogue = finished.vocabulary.catalogue
     # The split that the model was trained with: another one could test on what it has seen.
     split = SplitConfig.model_validate(finished.facts["config"]["split"])
-    store = collect_tokens(tokens, len(finished.vocabulary.context.fields))
+    sliced = sliced or finished.vocabulary.context
+    wide = collect_tokens(tokens, len(sliced.fields))
+    read_F = [sliced.fields.index(name) for name in finished.vocabulary.context.fields]
+    store = replace(wide, context_TF=wide.context_TF[:, read_F])
     targets = choose_targets(store, split, catalogue, config, finished.targets)
     protocol = _describe_protocol(finished, split, targets, config)
     if rival is not None:
@@ -142,7 +150,7 @@ def evaluate_run(
         "baseline_trials": {
             name: [trial._asdict() for trial in found] for name, found in trials.items()
         },
-        **_slice(models[0], baselines, targets, finished, config.seed),
+        **_slice(models[0], baselines, replace(targets, store=wide), sliced, config.seed),
         "against": None if rival is None else _compare_with(rival, ranks, config.seed),
     }
     table = f"{_caption(evaluation)}\n\n{render(rows, comparisons)}"
@@ -220,10 +228,10 @@ def _compare_with(rival: Rival, ranks: pa.Table, seed: int) -> dict[str, Any]:
 
 
 def _slice(
-    model: Row, baselines: list[Row], targets: Targets, finished: FinishedRun, seed: int
+    model: Row, baselines: list[Row], targets: Targets, context: ContextEncoder, seed: int
 ) -> dict[str, Any]:
     """NDCG@10 of each kind of target, under the model and under the strongest baseline."""
-    slicings = slice_targets(*targets.where, targets.counts_I, finished.vocabulary.context)
+    slicings = slice_targets(*targets.where, targets.counts_I, context)
     strongest = max(baselines, key=lambda row: row.accuracy[HEADLINE].mean, default=None)
     return {
         "slices": slice_ndcg(model.ranking.ranks_N, slicings, seed=seed),

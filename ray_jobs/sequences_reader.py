@@ -21,10 +21,11 @@ from ray_jobs.config import PipelineConfig
 from ray_jobs.fan_out import one_block_each
 from recsys.attributes import NO_ATTRIBUTES, AttributeEncoder
 from recsys.catalogue import Catalogue
-from recsys.context import ContextEncoder
+from recsys.context import ContextConfig, ContextEncoder
 from recsys.item_table import ItemFeatures
 from recsys.model import NextItemModel
 from recsys.model_config import ModelConfig
+from recsys.targets import TargetsConfig
 from recsys.tokens import TokenStore, list_column
 
 
@@ -95,7 +96,7 @@ def learn_vocabulary(
             "split": config.split,
             "targets": config.train.targets,
             "new_since_s": new_since_s,
-            "fields": _list_fields(sequences, config),
+            "fields": _list_fields(sequences, config.train.context.categorical, "train.context"),
             "options": config.storage.options,
         },
     )
@@ -107,10 +108,7 @@ def learn_vocabulary(
         None if items is None else read_table(items),
         with_unseen=bool(attributes.fields),
     )
-    values = {
-        name: _as_counts(counts.filter(pc.equal(counts["field"], name)))
-        for name in config.train.context.categorical
-    }
+    values = _values(counts, config.train.context.categorical)
     users = _as_counts(counts.filter(pc.equal(counts["field"], "users")))
     ends = counts.filter(pc.equal(counts["field"], "trained_until_us"))
     return Learned(
@@ -123,6 +121,37 @@ def learn_vocabulary(
         num_validated=users["validated"],
         items_version=None if items is None else items.version(),
         trained_until_us=pc.max(ends["count_max"]).as_py(),
+    )
+
+
+def widen_context(
+    sequences: DeltaTable, config: PipelineConfig, context: ContextEncoder, names: tuple[str, ...]
+) -> ContextEncoder:
+    """The encoder with these categorical fields beside its own, as far as training events have
+    values of them. Raises: TableError when the table lacks one.
+    """
+    further = tuple(name for name in names if name not in context.config.categorical)
+    if not further:
+        return context
+    counted = _buckets(sequences).map_batches(
+        count_bucket,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "split": config.split,
+            "targets": TargetsConfig(),
+            "fields": _list_fields(sequences, further, "evaluate.slices"),
+            "options": config.storage.options,
+        },
+    )
+    _, counts = add_up_counts(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
+    values = _values(counts, further)
+    known = tuple(name for name in further if values[name])
+    categorical = (*context.config.categorical, *known)
+    learned = ContextEncoder.learn(ContextConfig(categorical=known, time=()), values)
+    return ContextEncoder(
+        context.config.model_copy(update={"categorical": categorical}),
+        {**context.vocabularies, **learned.vocabularies},
     )
 
 
@@ -158,17 +187,22 @@ def _buckets(sequences: DeltaTable) -> ray.data.Dataset:
     return one_block_each(buckets)
 
 
-def _list_fields(sequences: DeltaTable, config: PipelineConfig) -> list[str]:
+def _list_fields(sequences: DeltaTable, names: tuple[str, ...], setting: str) -> list[str]:
     """Context fields that have a value a position. Raises: TableError when the table lacks one."""
-    fields = [name for name in config.train.context.categorical if name != "segment"]
+    fields = [name for name in names if name != "segment"]
     there = pa.schema(sequences.schema()).names
     missing = [name for name in fields if list_column(name) not in there]
     if missing:
         raise TableError(
-            f"train.context names {', '.join(missing)}, which no event carries; add it to "
+            f"{setting} names {', '.join(missing)}, which no event carries; add it to "
             "ingest.context and map it, or leave it out."
         )
     return fields
+
+
+def _values(counts: pa.Table, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """How often each field takes each value."""
+    return {name: _as_counts(counts.filter(pc.equal(counts["field"], name))) for name in names}
 
 
 def _as_counts(counts: pa.Table) -> dict[str, int]:

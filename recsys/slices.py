@@ -46,10 +46,8 @@ def slice_targets(
 ) -> dict[str, Slicing]:
     """Targets by events before them, by training events of their item (0: a cold item), by the time
     since the event before, by hour and weekday on the shop's clock whether the model reads them or
-    not, and by each categorical field that it reads: device, segment, what the shop added.
-
-    A store holds the fields of its encoder alone, so a run that does not read the device has no
-    slices by device. Where no target has a time there are none by time, hour and weekday.
+    not, and by each categorical field of the encoder of the store: device, segment, what the shop
+    added. Where no target has a time there are none by time, hour and weekday.
     """
     slicings = {
         "history_length": _by_range(targets_N - store.offsets_U[users_N], _HISTORY_EDGES),

@@ -114,6 +114,9 @@ class EvaluateConfig(Section):
     tuning_users: int = Field(50_000, ge=1)
     """Settings are chosen by what the training events of so many users, a seeded sample, say of the
     validation targets."""
+    slices: tuple[str, ...] = ("device", "segment")
+    """Categorical fields that the report slices by, whether the run reads them or not; those that
+    it reads are there anyway."""
     recent_days: float = Field(7, gt=0)
     """recent-popularity: days before the full hour of a target that count; a fraction will do."""
 

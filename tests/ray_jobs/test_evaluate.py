@@ -194,6 +194,30 @@ def test_a_run_without_context_is_sliced_by_hour_and_weekday_too(tmp_path, shop,
         assert (finished.folder / "plots" / f"slice-{name}.svg").exists()
 
 
+def test_fields_that_a_run_does_not_read_slice_it_and_change_no_rank(tmp_path, shop, evaluated):
+    read = ("event_type", "hour")
+    config = ContextConfig(categorical=read[:1], time=read[1:])
+    context = ContextEncoder(config, {"event_type": shop.context.vocabularies["event_type"]})
+    read_F = [shop.context.fields.index(name) for name in read]
+    store = dataclasses.replace(shop.store, context_TF=shop.store.context_TF[:, read_F])
+    narrow = dataclasses.replace(shop, context=context, store=store)
+    options = pipeline(tmp_path, baselines=("popularity",))
+    finished = write_run(options, narrow, "narrow")
+
+    alone, ranks = evaluate.evaluate_run(options, finished, Tokens(store), 1)
+    sliced, same_ranks = evaluate.evaluate_run(
+        options, finished, Tokens(shop.store), 1, sliced=shop.context
+    )
+    assert same_ranks.equals(ranks)
+    assert set(sliced["slices"]) - set(alone["slices"]) == {"device", "segment"}
+    for name in ("device", "segment"):
+        sizes, expected = (
+            {label: found["num_users"] for label, found in one["slices"][name].items()}
+            for one in (sliced, evaluated[0])
+        )
+        assert sizes == expected
+
+
 NOT_OF_THE_WORKER = {
     "sequences_from": None,
     "command": "python -m ray_jobs.evaluate",

@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray import serve as ray_serve
 
+from data_lake.errors import TableError
 from ray_jobs import (
     build_sequences,
     evaluate,
@@ -21,7 +22,9 @@ from ray_jobs import (
 from ray_jobs.errors import JobError
 from ray_jobs.http_checks import check_endpoint
 from ray_jobs.runs import open_run
+from ray_jobs.sequences_reader import open_sequences, widen_context
 from recsys.artifact import load_artifact
+from recsys.context import ContextConfig, ContextEncoder
 from recsys.registry import serving_version
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -61,6 +64,21 @@ def test_the_run_is_held_against_every_baseline(tiny):
     assert "NDCG@10" in evaluation["table"]
     wins = [row["difference"] > 0 for row in evaluation["comparisons"].values()]
     assert figures["beats_all_baselines"] == all(wins)
+
+
+def test_a_report_slices_by_what_the_run_does_not_read(tiny):
+    sequences = open_sequences(tiny)
+    config = ContextConfig(categorical=("event_type",), time=("gap",))
+    own = ContextEncoder.learn(config, {"event_type": {"view": 2, "purchase": 1}})
+    wide = widen_context(sequences, tiny, own, ("event_type", "segment", "device"))
+    assert wide.fields == ("event_type", "segment", "device", "gap")
+    assert wide.vocabularies["event_type"] == ("view", "purchase")
+    read = open_run(tiny, None).vocabulary.context.vocabularies
+    for name in ("segment", "device"):
+        assert wide.vocabularies[name] == read[name]
+    assert widen_context(sequences, tiny, own, ("event_type",)) is own
+    with pytest.raises(TableError, match=r"evaluate.slices names colour, which no event carries"):
+        widen_context(sequences, tiny, own, ("colour",))
 
 
 def test_a_model_below_a_baseline_is_not_published(tiny):
