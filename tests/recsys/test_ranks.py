@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from recsys import trainer
 from recsys.attributes import ItemCodes
 from recsys.catalogue import NUM_SPECIAL
 from recsys.item_table import ItemFeatures
@@ -119,6 +120,11 @@ def run_rank(rank, world_size, folder):
         "lists": gather_lists(own, [number + 1 for number in range(world_size)]).tolist(),
     }
     told |= {name: train(name) for name in _CASES}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, slow in (("some", (1,)), ("none", ())):
+            dtype = torch.float32 if rank in slow else torch.bfloat16
+            patch.setattr(trainer, "choose_dtype", lambda *_, dtype=dtype: dtype)
+            told[f"{name} are slow in bf16"] = str(make_trainer().dtype)
     told |= {f"{name} in parts": train(name, micro_batches=2) for name in _IN_PARTS}
     leave_ranks(told, Path(folder) / f"{rank}.pt")
 
@@ -136,6 +142,12 @@ def test_ranks_tell_each_other_sums_rows_and_lists(three_ranks):
         assert told["rows"] == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
         assert told["agreed"] == [5]
         assert told["lists"] == [0, 10, 11, 20, 21, 22]
+
+
+def test_bf16_is_taken_where_all_ranks_gain_by_it(three_ranks):
+    for told in three_ranks:
+        assert told["some are slow in bf16"] == "torch.float32"
+        assert told["none are slow in bf16"] == "torch.bfloat16"
 
 
 @pytest.mark.parametrize("name", _CASES)
