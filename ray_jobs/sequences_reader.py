@@ -2,6 +2,7 @@
 vocabulary, a second one encodes with it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -88,19 +89,9 @@ def learn_vocabulary(
         new_since_s: only events from then on, in seconds since the epoch, are training targets.
         items_version: of the items table; None: as it is now.
     """
-    counted = _buckets(sequences).map_batches(
-        count_bucket,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "split": config.split,
-            "targets": config.train.targets,
-            "new_since_s": new_since_s,
-            "fields": _list_fields(sequences, config.train.context.categorical, "train.context"),
-            "options": config.storage.options,
-        },
-    )
-    of_items, counts = add_up_counts(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
+    fields = _list_fields(sequences, config.train.context.categorical, "train.context")
+    targets = config.train.targets
+    of_items, counts = _count(sequences, config, fields, targets=targets, new_since_s=new_since_s)
     items, attributes = _open_items(config, items_version), config.train.attributes
     catalogue = Catalogue.build(
         of_items["item_id"].combine_chunks(),
@@ -133,18 +124,8 @@ def widen_context(
     further = tuple(name for name in names if name not in context.config.categorical)
     if not further:
         return context
-    counted = _buckets(sequences).map_batches(
-        count_bucket,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "split": config.split,
-            "targets": TargetsConfig(),
-            "fields": _list_fields(sequences, further, "evaluate.slices"),
-            "options": config.storage.options,
-        },
-    )
-    _, counts = add_up_counts(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
+    fields = _list_fields(sequences, further, "evaluate.slices")
+    _, counts = _count(sequences, config, fields, targets=TargetsConfig())
     values = _values(counts, further)
     known = tuple(name for name in further if values[name])
     categorical = (*context.config.categorical, *known)
@@ -178,6 +159,24 @@ def collect_tokens(
     """All rows of `load_tokens` as one store in this process; `num_fields` is F."""
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return TokenStore.concatenate([TokenStore.from_arrow(table, num_fields) for table in tables])
+
+
+def _count(
+    sequences: DeltaTable, config: PipelineConfig, fields: list[str], **asked: Any
+) -> tuple[pa.Table, pa.Table]:
+    """What `count_bucket` finds in all buckets; `asked` are arguments of it."""
+    counted = _buckets(sequences).map_batches(
+        count_bucket,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "split": config.split,
+            "fields": fields,
+            "options": config.storage.options,
+            **asked,
+        },
+    )
+    return add_up_counts(counted.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _buckets(sequences: DeltaTable) -> ray.data.Dataset:

@@ -6,6 +6,8 @@ import time
 import torch
 from torch import Tensor
 
+from recsys.ranks import sum_over_ranks
+
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """bf16 when asked for, or when `auto` finds a device that gains by it: a GPU that multiplies it
@@ -19,6 +21,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
         precision = "bf16" if is_faster else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def agree_on_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where every rank chooses it: their machines may differ. Every rank calls it."""
+    dtype = choose_dtype(precision, device)
+    (num_others,) = sum_over_ranks([float(dtype != torch.bfloat16)], device)
+    return torch.float32 if num_others else torch.bfloat16
 
 
 @functools.cache

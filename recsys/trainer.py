@@ -24,7 +24,7 @@ from recsys.losses import compute_loss
 from recsys.model import NextItemModel
 from recsys.optimiser import Optimiser, scheduled_rate
 from recsys.out_of_memory import advise_less, explain_out_of_memory
-from recsys.precision import choose_dtype
+from recsys.precision import agree_on_dtype
 from recsys.progress import EpochReport, Progress, Watch, num_not_finite
 from recsys.randomness import Purpose
 from recsys.ranks import rank_and_world_size, sum_over_ranks
@@ -102,7 +102,7 @@ class Trainer:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.rank, self.world_size = rank_and_world_size()
         self.model = model.to(device)
-        self.dtype = self._agree_on_dtype()
+        self.dtype = agree_on_dtype(config.precision, device)
         self._refuse_empty_parts()
 
         self._assembler = Assembler(
@@ -368,12 +368,6 @@ class Trainer:
         if self.rank == 0:
             log.warning("Training goes on without torch.compile: %s.", reason)
         return reason
-
-    def _agree_on_dtype(self) -> torch.dtype:
-        """bf16 where every rank counts in it: their machines may differ."""
-        dtype = choose_dtype(self.config.precision, self.device)
-        (num_bf16,) = sum_over_ranks([float(dtype == torch.bfloat16)], self.device)
-        return torch.bfloat16 if num_bf16 == self.world_size else torch.float32
 
     def _refuse_empty_parts(self) -> None:
         num_parts = self.world_size * self.config.micro_batches

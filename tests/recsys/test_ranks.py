@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from recsys import trainer
+from recsys import precision
 from recsys.attributes import ItemCodes
 from recsys.catalogue import NUM_SPECIAL
 from recsys.item_table import ItemFeatures
@@ -123,8 +123,9 @@ def run_rank(rank, world_size, folder):
     with pytest.MonkeyPatch.context() as patch:
         for name, slow in (("some", (1,)), ("none", ())):
             dtype = torch.float32 if rank in slow else torch.bfloat16
-            patch.setattr(trainer, "choose_dtype", lambda *_, dtype=dtype: dtype)
-            told[f"{name} are slow in bf16"] = str(make_trainer().dtype)
+            patch.setattr(precision, "choose_dtype", lambda *_, dtype=dtype: dtype)
+            trainer = make_trainer(precision="auto")
+            told[f"{name} are slow in bf16"] = str(trainer.dtype)
     told |= {f"{name} in parts": train(name, micro_batches=2) for name in _IN_PARTS}
     leave_ranks(told, Path(folder) / f"{rank}.pt")
 
