@@ -12,6 +12,7 @@ from benchmarks.leaderboard_rows import GOALS, Entry, Goal, Pair
 from benchmarks.leaderboard_slices import render_history, render_lists, render_slices
 from benchmarks.published import name_protocol
 
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _COLLABORATIVE = ("item-knn", "als", "ease")
 _HEAD = (
     "| row | recipe | width/layers/heads/length, or settings | HR@10 | NDCG@10 | floor | aim "
@@ -38,8 +39,9 @@ protocols. "time-blind" is the same weights told nothing of the request.
 
 Every figure of ours comes from a training that was run by the commands below, beside other work,
 so minutes are an upper bound; `leaderboard/` beside this file has each with its settings, its
-machine and its curve. Lifts are those of the means over the seeds; where the ranks of both were
-kept they have an interval, paired by user (of the seeds that are named, if not of all).
+machine and its curve. Where it stands, a training counted in fp32 or bf16; it was not kept of the
+first ones. Lifts are those of the means over the seeds; where the ranks of both were kept they have
+an interval, paired by user (of the seeds that are named, if not of all).
 
 The settings of a baseline are chosen by NDCG@10 on the validation targets, out of all that its
 file in `leaderboard/` names; where it stands without any it has those of its class and was not
@@ -137,10 +139,16 @@ def _row(seeds: list[Result], knowing: str, entry: Entry) -> str:
         _goals(entry.aim, tests) if is_told else "",
         str(len(seeds)),
         f"{best} of {entry.max_epochs}",
-        f"{np.mean(minutes):.0f} min, {first['threads']} thread",
+        f"{np.mean(minutes):.0f} min, {first['threads']} thread{_precisions(seeds)}",
         entry.published if is_told else "",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _precisions(seeds: list[Result]) -> str:
+    """The numbers that trainings counted in, where they were kept."""
+    kept = sorted({one["precision"] for one in seeds if "precision" in one})
+    return "".join(f", {_SHORT[precision]}" for precision in kept)
 
 
 def _chosen(baselines: Result, name: str) -> str:

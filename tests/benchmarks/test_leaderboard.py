@@ -255,6 +255,17 @@ def test_what_a_training_found_is_kept(circle):
     assert len(kept["history"]) == kept["epochs"] == 3
     assert len(kept["targets_sha256"]) == 64
     assert kept["code_version"] == code_version()
+    assert kept["precision"] in ("float32", "bfloat16")
+
+
+def test_the_table_says_in_which_numbers_a_training_counted(circle):
+    found = train("circle-ce", seed=1, threads=1)
+    shown = {
+        precision: render([found | {"precision": precision}], {"circle-ce": _ENTRY})
+        for precision in ("float32", "bfloat16")
+    }
+    assert "min, 1 thread, fp32 |" in shown["float32"]
+    assert "min, 1 thread, bf16 |" in shown["bfloat16"]
 
 
 def test_the_test_targets_are_ranked_with_the_best_weights_not_the_last(circle, monkeypatch):
