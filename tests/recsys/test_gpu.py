@@ -7,12 +7,14 @@ import torch
 from recsys import model as model_module
 from recsys.blocks import Dropout
 from recsys.evaluation import rank_targets
-from recsys.losses import full_softmax
+from recsys.losses import LossConfig, compute_loss, full_softmax
 from recsys.model import NextItemModel
+from recsys.negatives import Negatives
 from recsys.packing import can_pack
 from recsys.randomness import Draws
 from recsys.recipe import read_recipe
 from recsys.scorer import ModelScorer
+from recsys.seen_items import SeenItems
 from recsys.splits import leave_one_out
 from recsys.trainer import Trainer, TrainerConfig
 
@@ -28,6 +30,27 @@ def test_the_blocked_softmax_is_the_same_on_both_devices():
     tensors = (hidden, table, bias, targets)
     on_gpu = full_softmax(*(tensor.to(CUDA) for tensor in tensors), block_size=10)
     torch.testing.assert_close(on_gpu.cpu(), full_softmax(*tensors), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full-softmax", "sampled-softmax", "gbce"])
+def test_losses_without_seen_items_are_the_same_on_both_devices(kind):
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(0, 500, (16, 20), generator=generator)
+    scored = torch.randperm(16 * 20, generator=generator)[:64].sort().values
+    negatives = torch.randint(2, 500, (7, 100), generator=generator)
+    leaves = [torch.randn(shape, generator=generator) for shape in ((64, 16), (500, 16), (500,))]
+    targets = torch.randint(2, 500, (64,), generator=generator)
+
+    def loss_on(device):
+        def there(tensor):
+            return tensor.to(device)
+
+        seen = SeenItems.of(there(items), there(scored), is_causal=True)
+        drawn = Negatives(there(negatives), torch.zeros(7, 100, device=device), group_size=10)
+        config = LossConfig(kind=kind, exclude_seen=True)
+        return compute_loss(config, *map(there, leaves), there(targets), drawn, seen=seen).cpu()
+
+    torch.testing.assert_close(loss_on(CUDA), loss_on("cpu"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["bert4rec", "sasrec-ce", "esasrec"])
